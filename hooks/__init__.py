@@ -1,0 +1,46 @@
+"""Hooks: what runs inside the training process and records it."""
+
+from .attach import attach
+from .examplegrads import ExampleGradientGrams, example_gradient_grams
+from .measures import (
+    Activations,
+    DecisionPlanes,
+    ExampleGradients,
+    Measure,
+    Predictions,
+    Recording,
+    Scalars,
+    Subject,
+)
+from .probes import Probe
+from .recorder import Recorder
+from .schedule import Schedule, at, epochs, every, log_spaced
+from .select import layers_of, select_layers
+from .stores import Full, Gram, Sketch, Store
+
+__all__ = [
+    "Activations",
+    "DecisionPlanes",
+    "ExampleGradientGrams",
+    "ExampleGradients",
+    "Full",
+    "Gram",
+    "Measure",
+    "Predictions",
+    "Probe",
+    "Recorder",
+    "Recording",
+    "Scalars",
+    "Schedule",
+    "Sketch",
+    "Store",
+    "Subject",
+    "at",
+    "attach",
+    "epochs",
+    "every",
+    "example_gradient_grams",
+    "layers_of",
+    "log_spaced",
+    "select_layers",
+]

@@ -1,0 +1,64 @@
+"""Closing what is still open when a training process ends, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import weakref
+from types import FrameType
+from typing import Any, Protocol
+
+# How long a process that was told to terminate may take to write what is queued.
+_TERMINATION_SECONDS = 5.0
+
+
+class Closable(Protocol):
+    """Something that writes and has to be closed."""
+
+    def close(self, reason: str = "closed", timeout: float | None = None) -> None:
+        """Write what is queued and close."""
+
+
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
+_pid = os.getpid()
+
+
+def register(closable: Closable) -> None:
+    """Close something at interpreter exit, and at SIGTERM where nobody handles that signal."""
+    global _pid
+    if not _open:
+        atexit.register(_close_all, "exit", None)
+        _pid = os.getpid()
+    _open.add(closable)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _on_termination)
+
+
+def forget(closable: Closable) -> None:
+    """Stop caring for something that was closed."""
+    _open.discard(closable)
+    if _open:
+        return
+    atexit.unregister(_close_all)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is _on_termination:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _close_all(reason: str, timeout: float | None) -> None:
+    if os.getpid() != _pid:
+        return
+    for closable in list(_open):
+        closable.close(reason, timeout)
+
+
+def _on_termination(number: int, frame: FrameType | None) -> None:
+    """Close, then die of the signal as the process would have without us."""
+    try:
+        _close_all("SIGTERM", _TERMINATION_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,19 @@
+"""Measures: what can be recorded of a training, one file each."""
+
+from .activations import Activations
+from .base import Measure, Recording, Subject
+from .decision_planes import DecisionPlanes
+from .example_gradients import ExampleGradients
+from .predictions import Predictions
+from .scalars import Scalars
+
+__all__ = [
+    "Activations",
+    "DecisionPlanes",
+    "ExampleGradients",
+    "Measure",
+    "Predictions",
+    "Recording",
+    "Scalars",
+    "Subject",
+]

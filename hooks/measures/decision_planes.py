@@ -1,0 +1,298 @@
+"""Decision planes: the predicted class on planes through three examples each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sonde.exceptions import InvalidInputError
+from sonde.hooks.probes import device_of, digest, undisturbed
+from sonde.hooks.schedule import Schedule
+from sonde.log import LogArray
+
+from .base import Measure, Recording, Subject
+from .predictions import logits_of
+
+Population = Literal["distinct", "any", "same"]
+
+# Relative to the sides: three points closer to a line than this span no plane.
+_MIN_HEIGHT = 1e-6
+_MAX_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """The geometry of all planes, in float64.
+
+    Attributes:
+        triplet: Positions of the three examples, [triplets, 3].
+        coordinates: The examples in plane coordinates, [triplets, 3, 2].
+        extent: Lowest and highest coordinate of the grid, [triplets, 2, 2] (axis, bound).
+    """
+
+    triplet: npt.NDArray[np.int64]
+    coordinates: npt.NDArray[np.float64]
+    extent: npt.NDArray[np.float64]
+
+
+class DecisionPlanes(Measure):
+    """Record the predicted class on a grid of points of planes through three examples.
+
+    A plane is spanned as in Somepalli et al., 2022 (2203.08124): the triplet lies at (0, 0),
+    (‖x₂−x₁‖, 0) and (first, second) with second ≥ 0; the grid covers the range of the three on each
+    axis, widened on both sides by `margin` times its length. Points lie in the space of the inputs
+    given here and are not clipped. The grid is [row, column]: rows run along the second axis.
+
+    Args:
+        inputs: Examples as the model sees them (normalised), [examples, …], floating point.
+        targets: Their classes, integers [examples].
+        triplets: How many planes to draw, or the positions themselves, [triplets, 3].
+        resolution: Points per axis.
+        population: Draw triplets of three `distinct` classes, of `any`, or of the `same` class.
+        margin: How far the grid reaches beyond the triplet, relative to its range.
+        ids: One integer per example, as for a probe.
+        seed: Draws the triplets; runs to be compared need the same.
+        batch_size: How many points are evaluated at once.
+        name: The name of this source in the log.
+        when: When it is due; None takes the recorder's schedule.
+
+    Raises:
+        InvalidInputError: If an argument does not fit, or a given triplet spans no plane.
+    """
+
+    name = "decision_planes"
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor | Sequence[int],
+        *,
+        triplets: int | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]] = 500,
+        resolution: int = 50,
+        population: Population = "distinct",
+        margin: float = 0.1,
+        ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None,
+        seed: int = 0,
+        batch_size: int = 4096,
+        name: str = "planes",
+        when: Schedule | None = None,
+    ) -> None:
+        self._inputs = torch.as_tensor(inputs).detach()
+        self._targets = np.asarray(torch.as_tensor(targets).cpu())
+        self._ids = np.arange(len(self._inputs)) if ids is None else np.asarray(ids, np.int64)
+        self._triplets = triplets
+        self._resolution = resolution
+        self._population = population
+        self._margin = margin
+        self._seed = seed
+        self._batch_size = batch_size
+        self._name = name
+        self.when = when
+        self._check_arguments()
+
+    @property
+    def source(self) -> str:
+        """The name given to these planes."""
+        return self._name
+
+    def check(self, model: nn.Module) -> None:
+        """Draw the triplets, so that what cannot be drawn is refused before training.
+
+        Raises:
+            InvalidInputError: If the examples do not have such triplets.
+        """
+        assert len(self._planes.triplet)
+
+    def table(self) -> Sequence[LogArray]:
+        """Return the triplets, by id and class, and where they lie in their planes."""
+        planes = self._planes
+        return [
+            LogArray("triplet", self._ids[planes.triplet], ("triplet", "corner")),
+            LogArray("triplet_target", self._targets[planes.triplet], ("triplet", "corner")),
+            LogArray("coordinates", planes.coordinates, ("triplet", "corner", "axis")),
+            LogArray("extent", planes.extent, ("triplet", "axis", "bound")),
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the measure."""
+        return {
+            "triplets": len(self._planes.triplet),
+            "resolution": self._resolution,
+            "population": self._population,
+            "margin": self._margin,
+            "seed": self._seed,
+            "digest": self._digest,
+        }
+
+    def record(self, subject: Subject) -> Recording:
+        """Classify every grid point of every plane.
+
+        Raises:
+            InvalidInputError: If the model gives no class scores.
+        """
+        device = device_of(subject.model)
+        classes = []
+        num_classes = 0
+        with undisturbed(subject.model), torch.no_grad():
+            for points in self._point_batches(device):
+                logits = logits_of(subject.model(points))
+                if logits.ndim != 2:
+                    raise InvalidInputError(
+                        f"decision planes need outputs [examples, classes]; the model gave "
+                        f"{list(logits.shape)}"
+                    )
+                num_classes = logits.shape[1]
+                classes.append(logits.argmax(1).cpu())
+        shape = (len(self._planes.triplet), self._resolution, self._resolution)
+        labels = torch.cat(classes).numpy().reshape(shape)
+        kind = np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.uint32
+        array = LogArray("labels", labels.astype(kind), ("triplet", "row", "column"))
+        return Recording([array], {"digest": self._digest, "num_classes": num_classes})
+
+    @cached_property
+    def _planes(self) -> _Planes:
+        flat = self._inputs.flatten(1).double().cpu().numpy()
+        if isinstance(self._triplets, int):
+            triplet = _draw(flat, self._targets, self._triplets, self._population, self._seed)
+        else:
+            triplet = np.asarray(self._triplets, np.int64)
+            for corners in triplet:
+                if not _spans_plane(flat[corners]):
+                    raise InvalidInputError(
+                        f"the examples at {corners.tolist()} span no plane: two of them are equal, "
+                        "or all three lie on a line"
+                    )
+        coordinates = np.stack([_coordinates(flat[corners]) for corners in triplet])
+        low, high = coordinates.min(1), coordinates.max(1)
+        widening = self._margin * (high - low)
+        return _Planes(triplet, coordinates, np.stack([low - widening, high + widening], axis=2))
+
+    @cached_property
+    def _digest(self) -> str:
+        used = np.unique(self._planes.triplet)
+        values = self._inputs[torch.from_numpy(used)].double().cpu().numpy()
+        shape = np.array([self._resolution, self._margin])
+        return digest([values, np.searchsorted(used, self._planes.triplet), shape])
+
+    def _point_batches(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield grid points in order, [points, …], several planes at a time."""
+        num_points = self._resolution**2
+        planes_per_batch = max(1, self._batch_size // num_points)
+        for start in range(0, len(self._planes.triplet), planes_per_batch):
+            rows = range(start, min(start + planes_per_batch, len(self._planes.triplet)))
+            points = torch.cat([self._points(row, device) for row in rows])
+            yield from points.split(max(self._batch_size, 1))
+
+    def _points(self, row: int, device: torch.device) -> Tensor:
+        corners = self._inputs[torch.from_numpy(self._planes.triplet[row])].double().flatten(1)
+        first = corners[1] - corners[0]
+        first = first / first.norm()
+        second = corners[2] - corners[0]
+        second = second - (first @ second) * first
+        second = second / second.norm()
+        (low_1, high_1), (low_2, high_2) = self._planes.extent[row].tolist()
+        c1 = torch.from_numpy(np.linspace(low_1, high_1, self._resolution)).to(corners)
+        c2 = torch.from_numpy(np.linspace(low_2, high_2, self._resolution)).to(corners)
+        grid = torch.cartesian_prod(c2, c1)
+        points: Tensor = corners[0] + grid[:, 1:] * first + grid[:, :1] * second
+        shaped = points.reshape(-1, *self._inputs.shape[1:])
+        return shaped.to(device, self._inputs.dtype)
+
+    def _check_arguments(self) -> None:
+        if not self._inputs.is_floating_point() or self._inputs.ndim < 2:
+            raise InvalidInputError(
+                f"`inputs` has shape {list(self._inputs.shape)} and dtype {self._inputs.dtype}; "
+                "expected floating-point examples [examples, …]"
+            )
+        if self._targets.shape != (len(self._inputs),) or self._targets.dtype.kind not in "iu":
+            raise InvalidInputError(
+                f"`targets` has shape {self._targets.shape} and dtype {self._targets.dtype}; "
+                f"expected one class for each of the {len(self._inputs)} examples"
+            )
+        if self._population not in ("distinct", "any", "same"):
+            raise InvalidInputError(
+                f"`population` (={self._population!r}) must be 'distinct', 'any' or 'same'"
+            )
+        if self._resolution < 2 or self._margin < 0:
+            raise InvalidInputError(
+                f"`resolution` (={self._resolution}) must be >= 2 and `margin` "
+                f"(={self._margin}) >= 0"
+            )
+        if isinstance(self._triplets, int):
+            if self._triplets < 1:
+                raise InvalidInputError(f"`triplets` (={self._triplets}) must be >= 1")
+            return
+        given = np.asarray(self._triplets)
+        if given.ndim != 2 or given.shape[1] != 3 or not len(given):
+            raise InvalidInputError(f"`triplets` has shape {given.shape}; expected [triplets, 3]")
+        if given.min() < 0 or given.max() >= len(self._inputs):
+            raise InvalidInputError(
+                f"`triplets` holds positions {given.min()} to {given.max()}; there are "
+                f"{len(self._inputs)} examples"
+            )
+
+
+def _draw(
+    flat: npt.NDArray[np.float64],
+    targets: npt.NDArray[np.integer[Any]],
+    num_triplets: int,
+    population: Population,
+    seed: int,
+) -> npt.NDArray[np.int64]:
+    """Draw triplets of examples that span a plane.
+
+    Raises:
+        InvalidInputError: If there are none, or too few.
+    """
+    random = np.random.default_rng(seed)
+    by_class = [np.flatnonzero(targets == target) for target in np.unique(targets)]
+    large = [members for members in by_class if len(members) >= 3]
+    enough = {"distinct": len(by_class) >= 3, "any": len(targets) >= 3, "same": bool(large)}
+    if not enough[population]:
+        raise InvalidInputError(
+            f"cannot draw triplets (population {population!r}) from {len(targets)} examples of "
+            f"{len(by_class)} classes; give more examples, or another `population`"
+        )
+    drawn: list[npt.NDArray[np.int64]] = []
+    failures = 0
+    while len(drawn) < num_triplets:
+        if population == "distinct":
+            classes = random.choice(len(by_class), 3, replace=False)
+            corners = np.array([random.choice(by_class[c]) for c in classes])
+        else:
+            pool = large[random.integers(len(large))] if population == "same" else len(targets)
+            corners = random.choice(pool, 3, replace=False)
+        if _spans_plane(flat[corners]):
+            drawn.append(corners.astype(np.int64))
+        else:
+            failures += 1
+            if failures > _MAX_DRAWS:
+                raise InvalidInputError(
+                    f"{failures} drawn triplets span no plane; the examples repeat, or lie on a "
+                    "line"
+                )
+    return np.stack(drawn)
+
+
+def _coordinates(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return where three points lie in the plane through them, [3, 2]."""
+    side, other = corners[1] - corners[0], corners[2] - corners[0]
+    length = float(np.linalg.norm(side))
+    first = float(side @ other) / length
+    second = float(np.linalg.norm(other - first * side / length))
+    return np.array([[0.0, 0.0], [length, 0.0], [first, second]])
+
+
+def _spans_plane(corners: npt.NDArray[np.float64]) -> bool:
+    side = np.linalg.norm(corners[1] - corners[0])
+    other = np.linalg.norm(corners[2] - corners[0])
+    if side == 0 or other == 0:
+        return False
+    return bool(_coordinates(corners)[2, 1] > _MIN_HEIGHT * max(side, other))

@@ -1,0 +1,55 @@
+"""Predictions: the outputs of the model on a probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonde.exceptions import InvalidInputError
+from sonde.hooks.probes import call, device_of, undisturbed
+from sonde.hooks.stores import to_log_array
+from sonde.hooks.taps import tensor_leaves
+
+from .base import ProbeMeasure, Recording, Subject
+
+
+class Predictions(ProbeMeasure):
+    """Record the model's outputs on a probe, in eval mode, as `logits` [examples, classes].
+
+    Of an output with several tensors, the one called `logits` is taken, else the first.
+
+    Args:
+        probe: The examples.
+        when: When it is due; None takes the recorder's schedule.
+    """
+
+    name = "predictions"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the measure."""
+        return {"output": "logits"}
+
+    def record(self, subject: Subject) -> Recording:
+        """Run the probe forward and keep the outputs."""
+        batches = []
+        with undisturbed(subject.model), torch.no_grad():
+            for inputs, _ in self.probe.batches(device_of(subject.model)):
+                batches.append(logits_of(call(subject.model, inputs)).cpu())
+        logits = torch.cat(batches)
+        names = {1: (), 2: ("class",)}
+        rest = names.get(logits.ndim, tuple(f"output_{axis}" for axis in range(1, logits.ndim)))
+        return Recording([to_log_array(logits, "logits", ("example", *rest))])
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the main tensor of a model's output, [examples, …].
+
+    Raises:
+        InvalidInputError: If there is none.
+    """
+    leaves = tensor_leaves(output)
+    if not leaves:
+        raise InvalidInputError(f"the model's output ({type(output).__name__}) holds no tensor")
+    return dict(leaves).get("[logits]", leaves[0][1])

@@ -1,0 +1,421 @@
+"""The recorder: counts steps, asks schedules, runs measures, and writes what they return.
+
+Nothing here raises into the training once it runs: a measure that fails is warned of once, marked
+in the log and switched off. What is wrong with the arguments is raised by the constructor, before
+any training.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.log import LogWriter
+from sonde.log.layout import RUN_FILE, write_run_file, writer_folders
+from sonde.log.writer import Sync
+
+from . import closing
+from .environment import describe_model, environment, process_rank
+from .measures.base import Measure, Recording, Subject
+from .probes import Probe
+from .schedule import Schedule, log_spaced
+from .select import unwrap
+
+
+class SondeWarning(UserWarning):
+    """Something could not be recorded; the training is not affected."""
+
+
+class Recorder:
+    """Records a training into a run directory.
+
+    Attach it to the optimizer, or call `step()` after each optimizer step. As a context manager it
+    closes itself; without, it closes at interpreter exit. Each measure is due by its own schedule,
+    or by the recorder's; a measure due at step 0 is taken at the first optimizer step, before the
+    weights change, or by `measure()` before the loop where no optimizer is attached.
+
+    Args:
+        path: The run directory; it must not hold a run yet.
+        model: The model that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
+        measures: What to record.
+        when: The schedule of measures that have none; by default log-spaced, for ever.
+        config: Anything that describes the run, such as hyperparameters, as JSON values.
+        steps_per_epoch: The number of optimizer steps in an epoch, for schedules by epoch.
+        overwrite: Delete a run that is already there.
+        on_error: `warn`, or `raise` to debug a measure: then its exception ends the training.
+        sync: When the log is forced to the disk; see `LogWriter`.
+        queue_bytes: How many bytes may wait to be written.
+        block: Wait when the queue is full, instead of dropping records after a while.
+
+    Raises:
+        InvalidInputError: If an argument does not fit the model or the others.
+        LayerNotFoundError: If a selector takes no layer.
+        UnsupportedModelError: If the model runs no hooks.
+        RunExistsError: If the directory holds a run.
+        OSError: If the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        measures: Sequence[Measure],
+        *,
+        when: Schedule | None = None,
+        config: Mapping[str, Any] | None = None,
+        steps_per_epoch: int | None = None,
+        overwrite: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+        sync: Sync = "seal",
+        queue_bytes: int = 256 << 20,
+        block: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.num_steps = 0
+        self.num_epochs = 0
+        self._subject = Subject(unwrap(model))
+        self._measures = list(measures)
+        self._when = log_spaced() if when is None else when
+        self._steps_per_epoch = steps_per_epoch
+        self._on_error = on_error
+        self._check(measures)
+        _name_probes(self._measures)
+        _check_names(self._measures)
+        for measure in self._measures:
+            measure.check(self._subject.model)
+        self._done: dict[Measure, int] = {}
+        self._facts: dict[tuple[str, str, str], Any] = {}
+        self._warned: set[str] = set()
+        self._handles: list[Any] = []
+        self._is_closed = False
+        rank, num_ranks = process_rank(os.environ)
+        about = environment()
+        self._create_run(rank, overwrite, self._describe(config, about))
+        self._writer = LogWriter(
+            self.path,
+            rank=rank,
+            about={
+                "world_size": num_ranks,
+                "resume_step": None,
+                "started": _now(),
+                "hostname": about["hostname"],
+            },
+            sync=sync,
+            queue_bytes=queue_bytes,
+            block=block,
+        )
+        closing.register(self)
+        for measure in self._measures:
+            if table := measure.table():
+                self._writer.add_table(measure.source, table)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Recorder:
+        """Count the steps of an optimizer, and measure after those that are due.
+
+        Args:
+            optimizer: Any `torch.optim.Optimizer`. Of several that step in turn, attach one.
+
+        Returns:
+            The recorder.
+
+        Raises:
+            InvalidInputError: If it is no optimizer, or one is attached already.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidInputError(
+                f"`optimizer` is a {type(optimizer).__name__}; expected a torch.optim.Optimizer. "
+                "Without one, call recorder.step() after each step"
+            )
+        if self._subject.optimizers:
+            raise InvalidInputError(
+                "an optimizer is attached already, and a step is counted once; with several "
+                "optimizers attach the one that defines a step"
+            )
+        self._subject.optimizers.append(optimizer)
+
+        def before(*_: object) -> None:
+            if self.num_steps == 0:
+                self._measure_due(0)
+
+        def after(*_: object) -> None:
+            self.step()
+
+        self._handles = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+        return self
+
+    def step(self) -> None:
+        """Count one optimizer step, and measure what is due; `attach` does this by itself."""
+        if self.num_steps == 0 and not self._subject.optimizers:
+            self._warn_of_missed_start()
+        self.num_steps += 1
+        epoch = None
+        if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
+            self.num_epochs += 1
+            epoch = self.num_epochs
+        self._measure_due(self.num_steps, epoch)
+
+    def epoch(self) -> None:
+        """Say that an epoch has ended; not needed where `steps_per_epoch` is given."""
+        if self._steps_per_epoch:
+            return
+        self.num_epochs += 1
+        self._measure_due(self.num_steps, self.num_epochs)
+
+    def log(self, **values: Any) -> None:
+        """Note the latest value of scalars, such as the loss; `Scalars` records them when due.
+
+        Call it before the optimizer steps: a due step records what was noted before it.
+
+        Args:
+            values: Numbers, or tensors with one element, by name.
+        """
+        for name, value in values.items():
+            self._subject.scalars[name] = (
+                value.detach() if isinstance(value, torch.Tensor) else value
+            )
+
+    def measure(self) -> None:
+        """Take every measure now, whether it is due or not."""
+        for measure in list(self._measures):
+            self._take(measure)
+
+    def sync(self) -> None:
+        """Return once everything recorded so far would survive a power loss."""
+        self._writer.sync()
+
+    def close(self, reason: str = "closed", timeout: float | None = None) -> None:
+        """Write what is queued, seal the log, and let go of the optimizer; safe to call twice.
+
+        Args:
+            reason: Why the recording ends, for the log.
+            timeout: How many seconds to wait for the disk; None is no limit.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._report_idle_schedules()
+        self._writer.close(reason, timeout)
+        self._warn_of_writer()
+        closing.forget(self)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close("closed" if kind is None else kind.__name__)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{m.name} ({m.source})" for m in self._measures)
+        return f"<Recorder {str(self.path)!r} at step {self.num_steps}: {names}>"
+
+    def _measure_due(self, step: int, epoch: int | None = None) -> None:
+        if self._is_closed:
+            return
+        for measure in list(self._measures):
+            if (measure.when or self._when).is_due(step, epoch):
+                self._take(measure)
+
+    def _take(self, measure: Measure) -> None:
+        if self._is_closed or self._done.get(measure) == self.num_steps:
+            return
+        self._done[measure] = self.num_steps
+        try:
+            recording = measure.record(self._subject)
+            self._write(measure, recording)
+        except Exception as error:  # Training is sacred: whatever fails here must not end it.
+            if self._on_error == "raise":
+                raise
+            self._switch_off(measure, error)
+        self._warn_of_writer()
+
+    def _write(self, measure: Measure, recording: Recording) -> None:
+        for event, facts in recording.notes.items():
+            key = (measure.name, measure.source, event)
+            if self._facts.get(key) != facts:
+                self._facts[key] = facts
+                self._writer.note(
+                    event, self.num_steps, measure=measure.name, source=measure.source, **facts
+                )
+        news = {}
+        for name, reason in recording.missing.items():
+            key = (measure.name, measure.source, f"missing {name}")
+            if self._facts.get(key) != reason:
+                self._facts[key] = news[name] = reason
+                self._writer.note(
+                    "missing",
+                    self.num_steps,
+                    measure=measure.name,
+                    source=measure.source,
+                    name=name,
+                    reason=reason,
+                )
+        if news:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in list(news.items())[:5])
+            more = f"; and {len(news) - 5} more" if len(news) > 5 else ""
+            self._warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
+        if recording.arrays:
+            self._writer.append(
+                measure.name,
+                measure.source,
+                self.num_steps,
+                recording.arrays,
+                recording.attributes,
+            )
+
+    def _switch_off(self, measure: Measure, error: Exception) -> None:
+        self._measures.remove(measure)
+        reason = f"{type(error).__name__}: {error}"
+        self._writer.note(
+            "disabled", self.num_steps, measure=measure.name, source=measure.source, reason=reason
+        )
+        self._warn(
+            f"{measure.name} of '{measure.source}' failed at step {self.num_steps} and is switched "
+            f"off; the training goes on ({reason})"
+        )
+
+    def _warn_of_writer(self) -> None:
+        if self._writer.problem is not None:
+            self._warn(self._writer.problem, once="writer")
+
+    def _warn_of_missed_start(self) -> None:
+        missed = [
+            measure.name
+            for measure in self._measures
+            if (measure.when or self._when).is_due(0, None) and measure not in self._done
+        ]
+        if missed and not self._is_closed:
+            reason = (
+                "step 0 was due, but the first call came after one step; call recorder.measure() "
+                "before the loop, or recorder.attach(optimizer)"
+            )
+            self._writer.note("missed", 0, measures=missed, reason=reason)
+            self._warn(reason)
+
+    def _report_idle_schedules(self) -> None:
+        idle = [
+            measure
+            for measure in self._measures
+            if (measure.when or self._when).needs_epochs and not self.num_epochs
+        ]
+        if idle and self.num_steps:
+            reason = (
+                "no epoch was ever counted; give steps_per_epoch, or call recorder.epoch() at the "
+                "end of each"
+            )
+            names = [measure.name for measure in idle]
+            self._writer.note("missed", self.num_steps, measures=names, reason=reason)
+            self._warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")
+
+    def _warn(self, message: str, once: str | None = None) -> None:
+        if (once or message) in self._warned:
+            return
+        self._warned.add(once or message)
+        try:
+            warnings.warn(f"sonde: {message}", SondeWarning, stacklevel=2)
+        except SondeWarning:
+            # The user turns warnings into errors; ours must not end the training.
+            print(f"sonde: {message}", file=sys.stderr)
+
+    def _check(self, measures: Sequence[Measure]) -> None:
+        if isinstance(measures, Measure) or not all(isinstance(m, Measure) for m in measures):
+            raise InvalidInputError(
+                f"`measures` must be a list of measures, such as [sonde.Activations(probe)]; "
+                f"got {measures!r}"
+            )
+        if self._on_error not in ("warn", "raise"):
+            raise InvalidInputError(f"`on_error` (={self._on_error!r}) must be 'warn' or 'raise'")
+        if self._steps_per_epoch is not None and self._steps_per_epoch < 1:
+            raise InvalidInputError(f"`steps_per_epoch` (={self._steps_per_epoch}) must be >= 1")
+
+    def _describe(
+        self, config: Mapping[str, Any] | None, about: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        probes = {m.source: m.probe.describe() for m in self._measures if m.probe is not None}
+        return {
+            "name": self.path.resolve().name,
+            "created": _now(),
+            "config": dict(config or {}),
+            "measures": [
+                {
+                    "measure": measure.name,
+                    "source": measure.source,
+                    "when": repr(measure.when or self._when),
+                    **measure.describe(),
+                }
+                for measure in self._measures
+            ],
+            "probes": probes,
+            "model": describe_model(self._subject.model),
+            "environment": about,
+        }
+
+    def _create_run(self, rank: int, overwrite: bool, description: dict[str, Any]) -> None:
+        if rank:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
+        if (self.path / RUN_FILE).exists():
+            if not overwrite:
+                raise RunExistsError(
+                    f"{self.path} already holds a run; record into another directory, or give "
+                    "overwrite=True to delete it"
+                )
+            (self.path / RUN_FILE).unlink()
+            for _, _, folder in writer_folders(self.path):
+                shutil.rmtree(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_run_file(self.path, description)
+
+
+def _name_probes(measures: Sequence[Measure]) -> None:
+    """Name the probes that have no name: `probe`, `probe1`, … in order of use."""
+    probes: list[Probe] = []
+    for measure in measures:
+        if measure.probe is not None and not any(measure.probe is known for known in probes):
+            probes.append(measure.probe)
+    taken = {probe.name for probe in probes}
+    for probe in probes:
+        if probe.name is None:
+            free = (f"probe{number or ''}" for number in range(len(probes) + 1))
+            probe.name = next(name for name in free if name not in taken)
+            taken.add(probe.name)
+
+
+def _check_names(measures: Sequence[Measure]) -> None:
+    sources: dict[str, Probe | None] = {}
+    seen: set[tuple[str, str]] = set()
+    for measure in measures:
+        if (measure.name, measure.source) in seen:
+            raise InvalidInputError(
+                f"{type(measure).__name__} is given twice for '{measure.source}'; give the second "
+                "probe a name of its own: Probe(…, name='validation')"
+            )
+        seen.add((measure.name, measure.source))
+        if sources.setdefault(measure.source, measure.probe) is not measure.probe:
+            raise InvalidInputError(
+                f"two different sources are called '{measure.source}'; names must differ"
+            )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,127 @@
+"""Layers and their names: what a model consists of, and which of it a selector takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from sonde.exceptions import InvalidInputError, LayerNotFoundError, UnsupportedModelError
+
+Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A glob over layer names, a module type, or a predicate of name and module."""
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own module behind DistributedDataParallel, torch.compile and the like.
+
+    Raises:
+        UnsupportedModelError: If the model runs without calling its modules.
+    """
+    inner = _inner(model)
+    while inner is not None:
+        model, inner = inner, _inner(inner)
+    return model
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by its canonical path, in the order of `named_modules`.
+
+    Wrappers leave no trace in the names; a module that is shared is listed under its first name.
+
+    Raises:
+        UnsupportedModelError: If the model runs without calling its modules.
+    """
+    return dict(_walk(unwrap(model), "", set()))
+
+
+def select_layers(
+    model: nn.Module, selectors: Selector | Sequence[Selector] | None = None
+) -> dict[str, nn.Module]:
+    """Return the layers that any selector takes, by name.
+
+    Args:
+        model: The model.
+        selectors: Globs over canonical names (`layer*.conv?`), module types, or predicates of
+            (name, module). None takes every module without children.
+
+    Raises:
+        LayerNotFoundError: If a selector takes nothing.
+        UnsupportedModelError: If the model runs without calling its modules.
+    """
+    layers = layers_of(model)
+    if selectors is None:
+        return {
+            name: module for name, module in layers.items() if next(module.children(), None) is None
+        }
+    if isinstance(selectors, str | type) or callable(selectors):
+        selectors = [selectors]
+    taken: set[str] = set()
+    for selector in selectors:
+        matches = {name for name, module in layers.items() if _takes(selector, name, module)}
+        if not matches:
+            raise LayerNotFoundError(_explain_empty(selector, layers))
+        taken |= matches
+    return {name: module for name, module in layers.items() if name in taken}
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a ScriptModule, whose modules run no hooks; "
+            "record the model before torch.jit.script or torch.jit.trace"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModelError(
+            "nn.DataParallel copies the model in every forward pass, so hooks see the copies; "
+            "use DistributedDataParallel, or record `model.module` while training on one device"
+        )
+    for name in _WRAPPED:
+        inner: nn.Module | None = model._modules.get(name)
+        if inner is not None:
+            return inner
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
+        return inner
+    return None
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap(module)
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _takes(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    raise InvalidInputError(
+        f"a layer selector must be a glob, a module type or a predicate, not {selector!r}"
+    )
+
+
+def _explain_empty(selector: Selector, layers: Mapping[str, nn.Module]) -> str:
+    names = [name for name in layers if name]
+    if isinstance(selector, str):
+        near = difflib.get_close_matches(selector, names, n=6, cutoff=0.5)
+        what = f"no layer matches '{selector}'"
+        hint = f"near: {', '.join(near)}" if near else f"layers: {', '.join(names[:20])}"
+    else:
+        what = f"no layer is taken by {getattr(selector, '__name__', selector)}"
+        kinds = dict.fromkeys(type(module).__name__ for module in layers.values())
+        hint = f"the model has: {', '.join(kinds)}"
+    return f"{what}; {hint}"

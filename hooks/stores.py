@@ -1,0 +1,231 @@
+"""Stores: the form kept of each layer's examples × features matrix.
+
+A store makes an accumulator per layer and pass; it takes the features of one batch at a time and
+returns the array to record. What it takes is reduced or copied at once, because the next operation
+of the model may change the tensor in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonde.exceptions import InvalidInputError
+from sonde.log import LogArray
+
+
+class Accumulator(ABC):
+    """Takes the features of one layer, batch by batch, in the order of the examples."""
+
+    @abstractmethod
+    def add(self, features: Tensor) -> None:
+        """Take the features of the next examples, [batch, …]."""
+
+    @abstractmethod
+    def result(self, layer: str) -> LogArray:
+        """Return what is recorded of the layer."""
+
+
+class Store(ABC):
+    """A form in which features can be kept."""
+
+    @abstractmethod
+    def accumulator(self, num_examples: int) -> Accumulator:
+        """Return an accumulator for one layer and one pass over `num_examples` examples."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the store."""
+
+
+@dataclass(frozen=True)
+class Gram(Store):
+    """Keep the examples × examples matrix of inner products, exact.
+
+    It is enough for CKA, principal components over examples and stiffness, and it does not grow
+    with the width of the layer. Half-precision features are multiplied in float32.
+
+    Args:
+        dtype: float32 or float64; by default float64 for float64 features, else float32.
+
+    Raises:
+        InvalidInputError: If the dtype is another one.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise InvalidInputError(
+                f"`dtype` (={self.dtype}) of a Gram matrix must be float32 or float64: lower "
+                "precision loses what centring leaves"
+            )
+
+    def accumulator(self, num_examples: int) -> Accumulator:
+        """Return an accumulator; with one batch it holds no features at all."""
+        return _GramAccumulator(num_examples, self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the store."""
+        return {"kind": "gram", "dtype": _dtype_name(self.dtype)}
+
+
+@dataclass(frozen=True)
+class Sketch(Store):
+    """Keep a seeded random projection whose inner products are unbiased.
+
+    Each feature goes, with a random sign, to one of `dim` sums (count sketch; Charikar, Chen and
+    Farach-Colton, 2002). The inner product of two sketches has the inner product of the features as
+    its mean, and a variance of at most (‖x‖²‖y‖² + ⟨x,y⟩²) / dim. For the same number of features
+    the projection is the same in every run, on every rank and device.
+
+    Args:
+        dim: The number of sums.
+        seed: Another seed is another projection.
+
+    Raises:
+        InvalidInputError: If `dim` is below 1.
+    """
+
+    dim: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise InvalidInputError(f"`dim` (={self.dim}) must be >= 1")
+
+    def accumulator(self, num_examples: int) -> Accumulator:
+        """Return an accumulator that holds the sketches of the examples so far."""
+        return _SketchAccumulator(self)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the store."""
+        return {"kind": "sketch", "dim": self.dim, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Full(Store):
+    """Keep everything: the examples × features matrix itself.
+
+    Args:
+        dtype: The dtype kept; by default the one of the features.
+        pool: Take the `mean` or `max` over the positions of a feature map [examples, channels, …]
+            first; a matrix [examples, features] stays as it is.
+
+    Raises:
+        InvalidInputError: If an argument is none of these.
+    """
+
+    dtype: torch.dtype | None = None
+    pool: Literal["mean", "max"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool not in (None, "mean", "max"):
+            raise InvalidInputError(f"`pool` (={self.pool!r}) must be 'mean', 'max' or None")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InvalidInputError(f"`dtype` (={self.dtype}) must be a floating-point type")
+
+    def accumulator(self, num_examples: int) -> Accumulator:
+        """Return an accumulator that holds the features of the examples so far."""
+        return _FullAccumulator(self)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the run's description says of the store."""
+        return {"kind": "full", "dtype": _dtype_name(self.dtype), "pool": self.pool}
+
+
+def to_log_array(
+    values: Tensor, field: str, dims: tuple[str, ...], layer: str | None = None
+) -> LogArray:
+    """Bring a tensor to the CPU as an array of the log; bfloat16 keeps its bits."""
+    values = values.detach().cpu()
+    if values.dtype == torch.bfloat16:
+        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
+        return LogArray(field, bits, dims, layer, dtype="bfloat16")
+    return LogArray(field, values.numpy(), dims, layer)
+
+
+class _GramAccumulator(Accumulator):
+    def __init__(self, num_examples: int, dtype: torch.dtype | None) -> None:
+        self._num_examples = num_examples
+        self._dtype = dtype
+        self._earlier: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
+        dtype = self._dtype or (torch.float64 if batch.dtype == torch.float64 else torch.float32)
+        is_whole = len(batch) == self._num_examples
+        # Later batches need these features again, and the model may overwrite them.
+        batch = batch.to(dtype) if is_whole else batch.to(dtype, copy=True)
+        self._earlier.append(batch)
+        self._rows.append(torch.cat([batch @ other.T for other in self._earlier], dim=1))
+        if is_whole:
+            self._earlier = []
+
+    def result(self, layer: str) -> LogArray:
+        sizes = [len(rows) for rows in self._rows]
+        gram = torch.zeros(sum(sizes), sum(sizes), dtype=self._rows[0].dtype)
+        start = 0
+        for size, rows in zip(sizes, self._rows, strict=True):
+            end = start + size
+            gram[start:end, :end] = rows.cpu()
+            gram[:start, start:end] = gram[start:end, :start].T
+            start = end
+        return LogArray("gram", gram.numpy(), ("example", "other_example"), layer)
+
+
+class _SketchAccumulator(Accumulator):
+    def __init__(self, store: Sketch) -> None:
+        self._store = store
+        self._sketches: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
+        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        num_features = batch.shape[1]
+        bucket, sign = _projection(num_features, self._store.dim, self._store.seed)
+        signed = (batch.to(dtype) * sign.to(batch.device, dtype)).T
+        sums = torch.zeros(self._store.dim, len(batch), dtype=dtype, device=batch.device)
+        self._sketches.append(sums.index_add_(0, bucket.to(batch.device), signed).T.cpu())
+
+    def result(self, layer: str) -> LogArray:
+        return to_log_array(torch.cat(self._sketches), "sketch", ("example", "sketch"), layer)
+
+
+class _FullAccumulator(Accumulator):
+    def __init__(self, store: Full) -> None:
+        self._store = store
+        self._batches: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        kept = features.detach()
+        if self._store.pool is not None and kept.ndim > 2:
+            positions = kept.flatten(2)
+            kept = positions.mean(2) if self._store.pool == "mean" else positions.amax(2)
+        kept = kept.flatten(1) if kept.ndim > 1 else kept[:, None]
+        self._batches.append(kept.to("cpu", self._store.dtype or kept.dtype, copy=True))
+
+    def result(self, layer: str) -> LogArray:
+        features = torch.cat(self._batches)
+        return to_log_array(features, "full", ("example", f"feature_{features.shape[1]}"), layer)
+
+
+@lru_cache(maxsize=32)
+def _projection(num_features: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the sum each feature goes to, and its sign, on the CPU."""
+    # Raw bits of a specified generator: they outlive versions of torch and NumPy.
+    raw = np.random.PCG64([seed, num_features, dim]).random_raw(num_features)
+    bucket = torch.from_numpy(((raw >> np.uint64(32)) % np.uint64(dim)).astype(np.int64))
+    sign = torch.from_numpy((raw & np.uint64(1)).astype(np.int64) * 2 - 1)
+    return bucket, sign
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,74 @@
+"""sonde: the flight recorder of a neural-network training.
+
+Record with `sonde.attach` or `sonde.Recorder`, read with `sonde.open_run`, answer with
+`sonde.analysis`. Names are imported when they are first used, so that reading and analyzing never
+load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sonde import analysis, hooks, integrations
+    from sonde.exceptions import SondeError
+    from sonde.hooks import (
+        Activations,
+        DecisionPlanes,
+        ExampleGradients,
+        Full,
+        Gram,
+        Predictions,
+        Probe,
+        Recorder,
+        Scalars,
+        Sketch,
+        at,
+        attach,
+        epochs,
+        every,
+        log_spaced,
+    )
+    from sonde.log import Run, open_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "DecisionPlanes",
+    "ExampleGradients",
+    "Full",
+    "Gram",
+    "Predictions",
+    "Probe",
+    "Recorder",
+    "Run",
+    "Scalars",
+    "Sketch",
+    "SondeError",
+    "analysis",
+    "at",
+    "attach",
+    "epochs",
+    "every",
+    "hooks",
+    "integrations",
+    "log_spaced",
+    "open_run",
+]
+
+_FOLDERS = {"analysis", "hooks", "integrations"}
+_HOMES = {"Run": "sonde.log", "open_run": "sonde.log", "SondeError": "sonde.exceptions"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _FOLDERS:
+        return import_module(f"sonde.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'sonde' has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "sonde.hooks")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

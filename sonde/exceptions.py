@@ -1,0 +1,48 @@
+"""The errors sonde raises: each is a `SondeError` and the builtin a caller would expect."""
+
+
+class SondeError(Exception):
+    """Base of every error that sonde raises on purpose."""
+
+
+class _LookupMessage(SondeError, KeyError):
+    """A `KeyError` whose text is the message itself, without the quotes `KeyError` adds."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidInputError(SondeError, ValueError):
+    """An argument cannot be used; the message says what was given and what was expected."""
+
+
+class RunNotFoundError(SondeError, FileNotFoundError):
+    """A path holds no run."""
+
+
+class RunExistsError(SondeError, FileExistsError):
+    """A run directory already holds a run that must not be mixed with a new one."""
+
+
+class LayerNotFoundError(_LookupMessage):
+    """A layer, or a pattern of layers, matches nothing."""
+
+
+class StepNotFoundError(_LookupMessage):
+    """A step was not recorded."""
+
+
+class MeasureNotFoundError(_LookupMessage, AttributeError):
+    """A run holds no such measure or source."""
+
+
+class MismatchError(SondeError, ValueError):
+    """Two things that must agree do not: example ids, decision planes, shapes."""
+
+
+class UnsupportedModelError(SondeError, TypeError):
+    """The model is of a kind whose layers cannot be hooked."""
+
+
+class FormatError(SondeError, ValueError):
+    """A log file is of a newer format, or no log file at all."""

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+from sonde.exceptions import InvalidInputError
+from sonde.hooks import Probe
+from sonde.hooks.probes import undisturbed
+
+
+class Noisy(TensorDataset):
+    """A dataset that augments with random numbers."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = self.tensors[0][index], self.tensors[1][index]
+        return x + torch.randn_like(x) + random.random() + float(np.random.rand()), y
+
+
+class Meddling(nn.Module):
+    """A model that changes everything it can in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3, max_norm=0.1)
+        self.dropout = nn.Dropout()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("count").add_(1)
+        random.random()
+        np.random.rand()
+        return torch.as_tensor(self.embedding(x) + torch.rand(3))
+
+
+def random_states() -> list[object]:
+    return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+
+
+def test_undisturbed_restores_modes_module_by_module() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    model[1].eval()
+    with undisturbed(model):
+        assert [module.training for module in model] == [False, False]
+    assert [model.training, model[0].training, model[1].training] == [True, True, False]
+
+
+def test_undisturbed_restores_buffers_weights_and_random_states() -> None:
+    model = Meddling()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = random_states()
+    with undisturbed(model), torch.no_grad():
+        model(torch.tensor([0, 1]))
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert random_states() == states
+
+
+def test_undisturbed_restores_after_a_failure() -> None:
+    model = Meddling()
+    states = random_states()
+    model.embedding.weight.data = torch.zeros(5, 2)  # So that the forward pass fails.
+    with undisturbed(model), pytest.raises(RuntimeError, match="must match"):
+        model(torch.tensor([0]))
+    assert model.training
+    assert random_states() == states
+
+
+def test_undisturbed_draws_the_same_numbers_each_time() -> None:
+    drawn = []
+    for _ in range(2):
+        with undisturbed(nn.Identity()):
+            drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))
+        torch.rand(3)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_dataset_is_read_in_order_without_touching_random_states() -> None:
+    dataset = Noisy(torch.arange(6.0)[:, None], torch.arange(6))
+    states = random_states()
+    first, second = Probe(dataset), Probe(dataset)
+    assert random_states() == states
+    assert first.targets is not None
+    assert first.targets.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(torch.as_tensor(first.inputs), torch.as_tensor(second.inputs))
+
+
+def test_a_loader_lends_its_batch_size_but_not_its_order() -> None:
+    dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
+    probe = Probe(DataLoader(dataset, batch_size=2, shuffle=True))
+    batches = [inputs.tolist() for inputs, _ in probe.batches(torch.device("cpu"))]  # type: ignore[union-attr] # one tensor
+    assert batches == [[0.0, 1.0], [2.0, 3.0], [4.0]]
+
+
+def test_a_subset_is_identified_by_its_indices() -> None:
+    dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
+    assert Probe(Subset(dataset, [4, 1])).ids.tolist() == [4, 1]
+
+
+def test_dict_inputs_become_keyword_arguments() -> None:
+    probe = Probe({"a": torch.ones(3, 2), "b": torch.zeros(3)}, batch_size=2)
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in inputs.items()}  # type: ignore[union-attr] # a dict
+        for inputs, _ in probe.batches(torch.device("cpu"))
+    ]
+    assert shapes == [{"a": (2, 2), "b": (2,)}, {"a": (1, 2), "b": (1,)}]
+
+
+def test_digests_tell_inputs_and_ids_apart() -> None:
+    x = torch.ones(2, 2)
+    facts = [
+        Probe(x).describe(),
+        Probe(x, ids=[5, 6]).describe(),
+        Probe(x * 2).describe(),
+    ]
+    assert len({fact["id_digest"] for fact in facts}) == 2
+    assert len({fact["input_digest"] for fact in facts}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"inputs": torch.ones(3, 2), "targets": [1, 2]}, "`targets` has 2 examples, `inputs` 3"),
+        ({"inputs": (torch.ones(3), torch.ones(2))}, "with the same number of examples"),
+        ({"inputs": torch.ones(0, 2)}, "at least one"),
+        ({"inputs": torch.ones(2), "ids": [7, 7]}, "`ids` repeats 7"),
+        ({"inputs": torch.ones(2), "ids": [1.5, 2.0]}, "expected one integer for each of the 2"),
+        ({"inputs": torch.ones(2), "batch_size": 0}, r"`batch_size` \(=0\) must be >= 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        Probe(**arguments)  # type: ignore[arg-type] # wrong on purpose
+
+
+def test_a_stream_without_order_is_refused() -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield torch.ones(1)
+
+    with pytest.raises(InvalidInputError, match="Stream has no fixed order"):
+        Probe(Stream())
+
+
+def test_targets_beside_a_dataset_are_refused() -> None:
+    dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
+    with pytest.raises(InvalidInputError, match="the dataset brings its own"):
+        Probe(dataset, torch.arange(5))

@@ -1,0 +1,371 @@
+"""The recorder: it counts, measures when due, and never disturbs or ends a training."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sonde
+from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.hooks import Recording, Subject
+
+from .conftest import ConvNet, train
+
+
+def everything(images: Tensor, classes: Tensor) -> list[Any]:
+    probe = sonde.Probe(images, classes, batch_size=10)
+    return [
+        sonde.Activations(probe),
+        sonde.ExampleGradients(probe, F.cross_entropy),
+        sonde.Predictions(probe),
+        sonde.DecisionPlanes(images, classes, triplets=3, resolution=6),
+        sonde.Scalars(),
+    ]
+
+
+def trained(
+    images: Tensor, classes: Tensor, kind: Any, path: Path | None
+) -> tuple[list[Any], list[Any]]:
+    """Train from a fixed seed; return (weights and buffers, losses and random states) as lists."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    model = ConvNet()
+    optimizer = kind(model.parameters(), lr=0.05)
+    if path is not None:
+        measures = everything(images, classes)
+        recorder = sonde.Recorder(path, model, measures, when=sonde.every(1)).attach(optimizer)
+    losses = train(model, optimizer, images, classes)
+    if path is not None:
+        recorder.close()
+    states = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+    state = [value.tolist() for value in model.state_dict().values()]
+    gradients = [p.grad.tolist() for p in model.parameters() if p.grad is not None]
+    return [*state, *gradients], [losses, *states, [m.training for m in model.modules()]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_training_is_bit_identical_with_and_without_a_recorder(
+    tmp_path: Path, images: Tensor, classes: Tensor, kind: Any
+) -> None:
+    bare = trained(images, classes, kind, None)
+    recorded = trained(images, classes, kind, tmp_path / "run")
+    assert recorded == bare
+    run = sonde.open_run(tmp_path / "run")
+    assert len(run.measures) == 5
+    assert run.steps() == list(range(7))
+
+
+def test_step_zero_is_measured_before_the_first_step(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor
+) -> None:
+    initial = {name: value.clone() for name, value in conv_net.state_dict().items()}
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    probe = sonde.Probe(images)
+    recorder = sonde.Recorder(
+        tmp_path / "run", conv_net, [sonde.Predictions(probe)], when=sonde.at(0)
+    )
+    recorder.attach(optimizer)
+    # The ordinary loop moves BatchNorm statistics before the step; only weights are initial.
+    conv_net.eval()
+    conv_net(images).sum().backward()
+    optimizer.step()
+    recorder.close()
+    conv_net.load_state_dict(initial)
+    with torch.no_grad():
+        expected = conv_net(images).numpy()
+    actual = sonde.open_run(tmp_path / "run").predictions.array("logits", 0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_measures_follow_their_own_schedule_or_the_recorders(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    probe = sonde.Probe(images, classes)
+    measures = [sonde.Predictions(probe), sonde.Activations(probe, when=sonde.at(2, 5))]
+    with sonde.Recorder(tmp_path / "run", conv_net, measures, when=sonde.every(3)) as recorder:
+        recorder.attach(optimizer)
+        train(conv_net, optimizer, images, classes)
+    run = sonde.open_run(tmp_path / "run")
+    assert run.steps("predictions") == [0, 3, 6]
+    assert run.steps("activations") == [2, 5]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_epochs_are_counted_or_told(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor, known: bool
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    recorder = sonde.Recorder(
+        tmp_path / "run",
+        conv_net,
+        [sonde.Predictions(sonde.Probe(images))],
+        when=sonde.epochs(2),
+        steps_per_epoch=2 if known else None,
+    ).attach(optimizer)
+
+    def tell(step: int) -> None:
+        if step % 2 == 0:
+            recorder.epoch()
+
+    train(conv_net, optimizer, images, classes, num_steps=8, after_step=tell)
+    recorder.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0, 4, 8]
+
+
+def test_an_epoch_schedule_without_epochs_is_warned_of(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor
+) -> None:
+    measure = sonde.Predictions(sonde.Probe(images), when=sonde.epochs(1))
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, [measure])
+    recorder.measure()
+    recorder.step()
+    with pytest.warns(UserWarning, match="no epoch was ever counted"):
+        recorder.close()
+
+
+def test_a_loop_that_calls_step_measures_when_due(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor
+) -> None:
+    recorder = sonde.Recorder(
+        tmp_path / "run", conv_net, [sonde.Predictions(sonde.Probe(images))], when=sonde.every(2)
+    )
+    recorder.measure()
+    for _ in range(4):
+        recorder.step()
+    recorder.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0, 2, 4]
+
+
+def test_a_missed_step_zero_is_warned_of(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor
+) -> None:
+    measure = sonde.Predictions(sonde.Probe(images))
+    with sonde.Recorder(tmp_path / "run", conv_net, [measure]) as recorder:
+        with pytest.warns(UserWarning, match=r"call recorder\.measure\(\) before the loop"):
+            recorder.step()
+
+
+class Failing(sonde.Scalars):
+    """A measure that fails at its second record."""
+
+    def record(self, subject: Subject) -> Recording:
+        if subject.scalars.get("fail"):
+            raise RuntimeError("no more")
+        return super().record(subject)
+
+
+def test_a_failing_measure_is_switched_off_warned_of_once_and_marked(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    measures = [Failing(), sonde.Predictions(sonde.Probe(images))]
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, measures, when=sonde.every(1))
+    recorder.attach(optimizer)
+    with pytest.warns(UserWarning, match="switched off; the training goes on") as caught:
+        train(
+            conv_net,
+            optimizer,
+            images,
+            classes,
+            after_step=lambda step: recorder.log(fail=step >= 2),
+        )
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert len(caught) == 1
+    assert run.steps("scalars") == [0, 1, 2]
+    assert run.steps("predictions") == [0, 1, 2, 3, 4, 5, 6]
+    note = next(note for note in run.notes if note["event"] == "disabled")
+    assert (note["measure"], note["step"]) == ("scalars", 3)
+    assert "RuntimeError: no more" in note["reason"]
+
+
+def test_warnings_turned_into_errors_do_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = sonde.Recorder(tmp_path / "run", nn.Identity(), [Failing()], when=sonde.every(1))
+    recorder.measure()
+    recorder.log(fail=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorder.step()
+    recorder.close()
+    assert "switched off" in capsys.readouterr().err
+
+
+def test_on_error_raise_shows_the_failure(tmp_path: Path) -> None:
+    recorder = sonde.Recorder(
+        tmp_path / "run", nn.Identity(), [Failing()], when=sonde.every(1), on_error="raise"
+    )
+    recorder.log(fail=True)
+    with pytest.raises(RuntimeError, match="no more"):
+        recorder.measure()
+    recorder.close()
+
+
+def test_closing_lets_go_of_the_optimizer(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    measure = sonde.Predictions(sonde.Probe(images))
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, [measure], when=sonde.every(1))
+    recorder.attach(optimizer)
+    train(conv_net, optimizer, images, classes, num_steps=2)
+    recorder.close()
+    train(conv_net, optimizer, images, classes, num_steps=2)
+    assert sonde.open_run(tmp_path / "run").steps() == [0, 1, 2]
+
+
+def test_an_idle_model_carries_no_hooks(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    recorder = sonde.attach(
+        conv_net, optimizer, tmp_path / "run", probe=sonde.Probe(images, classes), planes=2
+    )
+    train(conv_net, optimizer, images, classes, num_steps=2)
+    assert [m for m in conv_net.modules() if m._forward_hooks or m._forward_pre_hooks] == []
+    recorder.close()
+
+
+def test_attach_records_what_the_probe_allows(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    found = {}
+    for name, probe in {"all": sonde.Probe(images, classes), "inputs": sonde.Probe(images)}.items():
+        recorder = sonde.attach(
+            conv_net, optimizer, tmp_path / name, probe=probe, planes=2, resolution=4
+        )
+        train(conv_net, optimizer, images, classes, num_steps=1)
+        recorder.close()
+        found[name] = sorted(sonde.open_run(tmp_path / name).measures)
+    assert found["all"] == [
+        "activations",
+        "decision_planes",
+        "example_gradients",
+        "predictions",
+        "scalars",
+    ]
+    assert found["inputs"] == ["activations", "predictions", "scalars"]
+
+
+def test_the_run_says_where_it_came_from(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    probe = sonde.Probe(images, classes)
+    recorder = sonde.Recorder(
+        tmp_path / "run", conv_net, [sonde.Activations(probe)], config={"lr": 0.1}
+    )
+    recorder.close()
+    info = sonde.open_run(tmp_path / "run").info
+    assert next(iter(info)) == "format"
+    assert info["config"] == {"lr": 0.1}
+    assert info["environment"]["packages"]["torch"] == torch.__version__
+    assert info["model"]["layers"]["1"] == "BatchNorm2d"
+    assert info["probes"]["probe"]["num_examples"] == 24
+    assert info["measures"][0]["when"] == "log_spaced(per_decade=8)"
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path, images: Tensor) -> None:
+    def make(**options: Any) -> sonde.Recorder:
+        measure = sonde.Predictions(sonde.Probe(images))
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], **options)
+
+    first = make()
+    first.measure()
+    first.close()
+    with pytest.raises(RunExistsError, match=r"already holds a run; .* overwrite=True"):
+        make()
+    make(overwrite=True).close()
+    assert sonde.open_run(tmp_path / "run").steps() == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: [sonde.Predictions(p), sonde.Predictions(p)], "Predictions is given twice"),
+        (
+            lambda p: [
+                sonde.Predictions(sonde.Probe(torch.ones(2), name="a")),
+                sonde.Activations(sonde.Probe(torch.ones(3), name="a")),
+            ],
+            "two different sources are called 'a'",
+        ),
+        (lambda p: ["activations"], "must be a list of measures"),
+    ],
+)
+def test_measures_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, images: Tensor, make: Callable[[sonde.Probe], Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        sonde.Recorder(tmp_path / "run", nn.Flatten(), make(sonde.Probe(images)))
+
+
+def test_unnamed_probes_get_names(tmp_path: Path, images: Tensor) -> None:
+    measures = [sonde.Predictions(sonde.Probe(images)), sonde.Predictions(sonde.Probe(images))]
+    recorder = sonde.Recorder(tmp_path / "run", nn.Flatten(), measures)
+    recorder.measure()
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert run.sources("predictions") == ["probe", "probe1"]
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_attach_refuses_what_it_cannot_count(
+    tmp_path: Path, conv_net: nn.Module, twice: bool
+) -> None:
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, [sonde.Scalars()])
+    optimizer: Any = torch.optim.SGD(conv_net.parameters(), lr=0.1) if twice else conv_net
+    message = "attached already" if twice else "expected a torch.optim.Optimizer"
+    with pytest.raises(InvalidInputError, match=message):
+        recorder.attach(optimizer).attach(optimizer)
+    recorder.close()
+
+
+ENDINGS = {
+    "return": "",
+    "exit": "sys.exit(3)",
+    "exception": "raise RuntimeError('the training failed')",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)",
+    "SIGKILL": "recorder._writer.flush(); os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_records_outlive_every_ending(tmp_path: Path, ending: str) -> None:
+    script = f"""
+    import os, signal, sys, time
+    import torch, sonde
+    from torch import nn
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sonde.attach(model, optimizer, {str(tmp_path / "run")!r},
+                            probe=sonde.Probe(torch.randn(6, 4)), when=sonde.every(1))
+    for _ in range(5):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    {ENDINGS[ending]}
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
+    codes = {"return": 0, "exit": 3, "exception": 1, "SIGTERM": -15, "SIGKILL": -9}
+    assert done.returncode == codes[ending], done.stderr
+    run = sonde.open_run(tmp_path / "run")
+    assert run.steps("predictions") == [0, 1, 2, 3, 4, 5]
+    assert run.state == ("interrupted" if ending == "SIGKILL" else "finished")
+    assert run.damage == []
