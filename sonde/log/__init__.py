@@ -1,0 +1,33 @@
+"""The log: crash-safe journals, sealed HDF5 segments, and the reader of both.
+
+Nothing here imports torch; the writing side does not import h5py either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .frames import Damage, LogArray
+    from .run import LayerLog, MeasureLog, Run, open_run
+    from .writer import LogWriter
+
+__all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "open_run"]
+
+_HOMES = {
+    "Damage": "frames",
+    "LayerLog": "run",
+    "LogArray": "frames",
+    "LogWriter": "writer",
+    "MeasureLog": "run",
+    "Run": "run",
+    "open_run": "run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,172 @@
+"""The files of a run directory: their names, the lock of a writer, and the run's own description."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from sonde.exceptions import FormatError, RunNotFoundError
+
+from .frames import FORMAT_VERSION
+
+RUN_FILE = "run.json"
+
+_WRITER = re.compile(r"attempt(\d+)-rank(\d+)")
+_JOURNAL = re.compile(r"(\d{12})\.journal")
+_SEGMENT = re.compile(r"(\d{12})-(\d{12})\.h5")
+
+
+def writer_folder(run: Path, attempt: int, rank: int) -> Path:
+    """Return the folder that one rank writes in one attempt."""
+    return run / f"attempt{attempt}-rank{rank}"
+
+
+def writer_folders(run: Path) -> list[tuple[int, int, Path]]:
+    """Return (attempt, rank, folder) of every writer, in order."""
+    found = []
+    for path in run.iterdir():
+        match = _WRITER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), int(match[2]), path))
+    return sorted(found)
+
+
+def journals(folder: Path) -> list[tuple[int, Path]]:
+    """Return (first sequence, path) of every journal in a writer's folder, in order."""
+    matches = ((_JOURNAL.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def segments(folder: Path) -> list[tuple[int, int, Path]]:
+    """Return (first sequence, end, path) of every segment in a writer's folder, in order."""
+    matches = ((_SEGMENT.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), int(match[2]), path) for match, path in matches if match)
+
+
+def segment_path(folder: Path, first_sequence: int, end: int) -> Path:
+    """Return the name of the segment that holds the frames from `first_sequence` to before `end`."""
+    return folder / f"{first_sequence:012d}-{end:012d}.h5"
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Lock a writer's folder for as long as its process lives.
+
+    Returns:
+        The file descriptor that holds the lock, or None where folders cannot be locked.
+    """
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def is_being_written(folder: Path) -> bool:
+    """Tell whether the writer of a folder still lives."""
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file to the disk, unless it is gone."""
+    try:
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders.
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_run_file(run: Path, description: dict[str, Any]) -> None:
+    """Write the description of a run, whole or not at all; the format version comes first.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    text = json.dumps({"format": FORMAT_VERSION, **description}, indent=1)
+    temporary = run / f".{RUN_FILE}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run / RUN_FILE)
+    sync_folder(run)
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """Read the description of a run.
+
+    Raises:
+        RunNotFoundError: If the path is no run directory.
+        FormatError: If the description cannot be read or is of a newer format.
+    """
+    try:
+        text = (run / RUN_FILE).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunNotFoundError(_explain_no_run(run)) from None
+    try:
+        description = json.loads(text)
+        version = int(description["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{run / RUN_FILE} is damaged: {error}") from error
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{run} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
+            "Install a newer sonde."
+        )
+    return dict(description)
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Return every run directory at or below a folder, sorted by name."""
+    if (root / RUN_FILE).is_file():
+        return [root]
+    return sorted(path.parent for path in root.rglob(RUN_FILE) if path.is_file())
+
+
+def _explain_no_run(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist; expected a run directory (a folder with {RUN_FILE})"
+    if not path.is_dir():
+        return f"{path} is a file; expected a run directory (a folder with {RUN_FILE})"
+    below = [str(run) for run in find_runs(path)][:10]
+    if below:
+        return f"{path} is no run directory, but holds some: {', '.join(below)}"
+    return f"{path} is no run directory: it has no {RUN_FILE}"
