@@ -1,0 +1,34 @@
+"""Offline analysis of recorded runs: no model, no torch, no GPU.
+
+Each analysis is a function of runs that returns an xarray object with named dimensions, on top of
+pure functions of arrays (`kernels` and the modules of the analyses). `plots` draws the results; it
+is imported on first use, so that an analysis does not import matplotlib.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import kernels
+from .boundary import fragmentation, reproducibility
+from .cka import cka, cka_over_steps
+from .stiffness import stiffness
+
+if TYPE_CHECKING:
+    from . import plots
+
+__all__ = [
+    "cka",
+    "cka_over_steps",
+    "fragmentation",
+    "kernels",
+    "plots",
+    "reproducibility",
+    "stiffness",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

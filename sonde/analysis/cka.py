@@ -1,0 +1,308 @@
+"""Compare layers by CKA: within a run, between runs, between steps.
+
+The estimators are those of `sonde.analysis.kernels`. Layer by layer maps of this kind are figure 1
+of Nguyen, Raghu and Kornblith (2021), "Do Wide and Deep Networks Learn the Same Things?".
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from sonde.exceptions import (
+    InvalidInputError,
+    LayerNotFoundError,
+    MismatchError,
+    StepNotFoundError,
+)
+
+from . import kernels
+from ._select import measure_log, select_layers, select_steps
+
+if TYPE_CHECKING:
+    from sonde.log import MeasureLog, Run
+
+_Indices = np.ndarray[Any, np.dtype[np.intp]]  # Any: the shape is always [examples].
+# (run, layer, problem) -> the steps at which it was found, in order.
+_Lost = dict[tuple[str, str, str], dict[int, None]]
+
+
+def cka(
+    run: Run,
+    other: Run | None = None,
+    *,
+    step: int = -1,
+    other_step: int | None = None,
+    layers: str | Sequence[str] | None = None,
+    other_layers: str | Sequence[str] | None = None,
+    source: str | None = None,
+    unbiased: bool = True,
+) -> xr.DataArray:
+    """Compare every layer of a run with every layer of another run, or of itself, by CKA.
+
+    Examples are matched by their id: sides with the same ids in another order are aligned, sides
+    that only overlap are compared on the common ids, with a warning. Layers without variance over
+    the examples, or with non-finite activations, are NaN, and a warning names them.
+
+    Memory: 8 * (layers + other_layers) * examples² bytes.
+
+    Args:
+        run: Run with the measure `activations`.
+        other: Run to compare with; `run` itself if None.
+        step: Recorded step of `run`; negative counts from the last recorded.
+        other_step: Recorded step of the other side; `step` if None.
+        layers: Names or globs of the layers of `run`; all if None.
+        other_layers: Names or globs of the layers of the other side; `layers` if None.
+        source: Source of the examples; the default source of the measure if None.
+        unbiased: Debiased CKA, the ratio of HSIC₁, instead of the biased one.
+
+    Returns:
+        CKA [layer, other_layer]: 0 unrelated, 1 equal up to rotation and scale; debiased values of
+        unrelated layers scatter around 0 and may be negative. Attributes hold the estimator, both
+        runs and steps, the source and the number of examples compared.
+
+    Raises:
+        MismatchError: If the sides do not share at least 4 examples, or have no ids.
+
+    Example::
+
+        similarity = sonde.analysis.cka(run, layers=["layer*.*"])
+        similarity.sel(layer="layer1.0", other_layer="layer4.1")
+    """
+    log = measure_log(run, "activations", source)
+    other_log = log if other is None else measure_log(other, "activations", source)
+    at = log.resolve_step(step)
+    other_at = other_log.resolve_step(step if other_step is None else other_step)
+    names = select_layers(log, layers)
+    other_names = select_layers(other_log, layers if other_layers is None else other_layers)
+    same = other_log is log and other_at == at
+    rows, other_rows, messages = (None, None, []) if same else _align(log, other_log)
+
+    lost: _Lost = {}
+    stack = _stack(log, at, names, rows, unbiased, lost)
+    if same and other_names == names:
+        values = kernels.centered_cka(stack)
+    else:
+        other_stack = _stack(other_log, other_at, other_names, other_rows, unbiased, lost)
+        values = kernels.centered_cka(stack, other_stack)
+    for message in messages + _messages(lost):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return xr.DataArray(
+        values,
+        dims=("layer", "other_layer"),
+        coords={"layer": names, "other_layer": other_names},
+        name="cka",
+        attrs={
+            "estimator": _estimator(unbiased),
+            "run": run.name,
+            "other_run": other_log.run.name,
+            "step": at,
+            "other_step": other_at,
+            "source": log.source,
+            "num_examples": math.isqrt(stack.shape[1]),
+        },
+    )
+
+
+def cka_over_steps(
+    run: Run,
+    *,
+    layers: str | Sequence[str] | None = None,
+    reference: int = -1,
+    steps: Sequence[int] | None = None,
+    source: str | None = None,
+    unbiased: bool = True,
+) -> xr.DataArray:
+    """Compare each layer at each step with itself at a reference step.
+
+    Memory: 8 * layers * examples² bytes, whatever the number of steps.
+
+    Args:
+        run: Run with the measure `activations`, from a fixed set of examples.
+        layers: Names or globs of the layers; all if None.
+        reference: Recorded step to compare with; negative counts from the last recorded.
+        steps: Recorded steps to compare; all if None.
+        source: Source of the examples; the default source of the measure if None.
+        unbiased: Debiased CKA, the ratio of HSIC₁, instead of the biased one.
+
+    Returns:
+        CKA [step, layer]; 1 at the reference step. NaN, with a warning that names the layers,
+        where a layer was not recorded, has no variance or is not finite.
+
+    Raises:
+        MismatchError: If the run has no ids for these examples, so that they may change from step
+            to step.
+
+    Example::
+
+        sonde.analysis.cka_over_steps(run, reference=0).sel(layer="fc")
+    """
+    log = measure_log(run, "activations", source)
+    selected = select_steps(log, steps)
+    at = log.resolve_step(reference)
+    names = select_layers(log, layers)
+    if log.ids is None and selected != [at]:
+        raise MismatchError(_no_ids(log))
+    lost: _Lost = {}
+    references = _stack(log, at, names, None, unbiased, lost)
+    values = np.full((len(selected), len(names)), np.nan)
+    for row, step in enumerate(selected):
+        for column, name in enumerate(names):
+            centered = _centered(log, step, name, None, unbiased, lost)
+            if centered is not None:
+                reference_row = references[column : column + 1]
+                values[row, column] = kernels.centered_cka(reference_row, centered[None])[0, 0]
+    for message in _messages(lost):
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return xr.DataArray(
+        values,
+        dims=("step", "layer"),
+        coords={"step": selected, "layer": names},
+        name="cka",
+        attrs={
+            "estimator": _estimator(unbiased),
+            "run": run.name,
+            "reference_step": at,
+            "source": log.source,
+            "num_examples": math.isqrt(references.shape[1]),
+        },
+    )
+
+
+def _stack(
+    log: MeasureLog,
+    step: int,
+    names: list[str],
+    rows: _Indices | None,
+    unbiased: bool,
+    lost: _Lost,
+) -> kernels.Array:
+    """Center the Grams of layers into [layers, examples * examples]; NaN rows for lost layers.
+
+    Raises:
+        MismatchError: If layers differ in their number of examples.
+        StepNotFoundError: If no layer was recorded at this step.
+    """
+    stack: kernels.Array | None = None
+    for index, name in enumerate(names):
+        centered = _centered(log, step, name, rows, unbiased, lost)
+        if centered is None:
+            continue
+        if stack is None:  # Filled layer by layer, so that no Gram is in memory twice.
+            stack = np.full((len(names), centered.size), np.nan)
+        if centered.size != stack.shape[1]:
+            raise MismatchError(
+                f"layer '{name}' of run '{log.run.name}' has {math.isqrt(centered.size)} examples "
+                f"at step {step}, the layers before it {math.isqrt(stack.shape[1])}"
+            )
+        stack[index] = centered
+    if stack is None:
+        raise StepNotFoundError(
+            f"run '{log.run.name}' recorded none of these layers at step {step}: {', '.join(names)}"
+        )
+    return stack
+
+
+def _centered(
+    log: MeasureLog,
+    step: int,
+    name: str,
+    rows: _Indices | None,
+    unbiased: bool,
+    lost: _Lost,
+) -> kernels.Array | None:
+    """Center the Gram of one layer into [examples * examples], None where it was not recorded."""
+    problem = None
+    centered: kernels.Array | None = None
+    try:
+        gram = log.gram(step, name)
+    except LayerNotFoundError:  # The run has this layer, this record has not.
+        problem = "no record"
+    else:
+        if rows is not None:
+            gram = gram[np.ix_(rows, rows)]
+        if np.isfinite(gram).all():
+            centered = _centered_gram(gram, unbiased, f"layer '{name}' of run '{log.run.name}'")
+            problem = None if centered.any() else "no variance over the examples"
+        else:
+            centered = np.full(gram.size, np.nan)
+            problem = "non-finite activations"
+    if problem is not None:
+        # A dict, because a step can be read twice: as itself and as the reference.
+        lost.setdefault((log.run.name, name, problem), {})[step] = None
+    return centered
+
+
+def _centered_gram(gram: kernels.Array, unbiased: bool, where: str) -> kernels.Array:
+    """Center one Gram into [examples * examples].
+
+    Raises:
+        InvalidInputError: If it cannot be centred, as with too few examples.
+    """
+    try:
+        return kernels.center(gram, unbiased).ravel()
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{where}: {error}") from error
+
+
+def _messages(lost: _Lost) -> list[str]:
+    """Write a line per run and reason, with the layers and their steps."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (run, layer, problem), steps in lost.items():
+        at = ", ".join(str(step) for step in steps)
+        lines.setdefault((run, problem), []).append(f"'{layer}' (step {at})")
+    return [
+        f"CKA is NaN for layers of run '{run}' with {problem}: {', '.join(layers)}"
+        for (run, problem), layers in lines.items()
+    ]
+
+
+def _align(
+    log: MeasureLog, other: MeasureLog
+) -> tuple[_Indices | None, _Indices | None, list[str]]:
+    """Find the rows of the common examples on both sides, and what to warn about.
+
+    Rows are None where both sides have the same examples in the same order.
+
+    Raises:
+        MismatchError: If ids are missing, repeat, or fewer than 4 are common.
+    """
+    ids, other_ids = log.ids, other.ids
+    if ids is None or other_ids is None:
+        raise MismatchError(_no_ids(log if ids is None else other))
+    if np.array_equal(ids, other_ids):
+        return None, None, []
+    for side, values in ((log, ids), (other, other_ids)):
+        if len(np.unique(values)) < len(values):
+            raise MismatchError(
+                f"ids of '{side.source}' in run '{side.run.name}' repeat: "
+                "examples in different orders cannot be aligned"
+            )
+    common, rows, other_rows = np.intersect1d(
+        ids, other_ids, assume_unique=True, return_indices=True
+    )
+    sides = f"run '{log.run.name}' ({len(ids)}) and run '{other.run.name}' ({len(other_ids)})"
+    if len(common) < 4:
+        raise MismatchError(
+            f"{sides} share {len(common)} example ids in '{log.source}'; expected at least 4"
+        )
+    partial = len(common) < max(len(ids), len(other_ids))
+    messages = [f"CKA on the {len(common)} examples that {sides} share"] if partial else []
+    order = np.argsort(rows)  # Keep the order of the first side.
+    return rows[order], other_rows[order], messages
+
+
+def _estimator(unbiased: bool) -> str:
+    return "unbiased" if unbiased else "biased"
+
+
+def _no_ids(log: MeasureLog) -> str:
+    return (
+        f"'{log.source}' in run '{log.run.name}' records no example ids: "
+        "its examples cannot be matched"
+    )

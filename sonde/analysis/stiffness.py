@@ -1,0 +1,262 @@
+"""Stiffness: does a step on one example's gradient help another example?
+
+From Fort et al. (2019), "Stiffness: A New Perspective on Generalization in Neural Networks". With
+gᵢ the gradient of the loss of example i alone, the stiffness of a pair is sign(gᵢ·gⱼ) or
+cos(gᵢ, gⱼ): 1 when a small step that lowers the loss of one lowers that of the other, -1 when it
+raises it, 0 for unrelated examples. Pairs of an example with itself never count.
+
+Means over classes are unweighted: `between` is the mean over pairs of classes, not over pairs of
+examples, so that a frequent class does not dominate.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from sonde.exceptions import InvalidInputError, MismatchError
+
+from ._select import measure_log, select_steps
+from .kernels import Array, Real
+
+if TYPE_CHECKING:
+    from sonde.log import MeasureLog, Run
+
+_Labels = npt.NDArray[Any]  # Any: class labels are integers or strings.
+_KINDS = ("sign", "cosine")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means of a pair matrix over pairs of different examples.
+
+    Attributes:
+        classes: The classes, sorted, [classes].
+        class_matrix: Mean over pairs of one example of each class, [classes, other_classes]; NaN
+            where there is no pair, as on the diagonal of a class with one example.
+        within: Mean of the diagonal of `class_matrix` over the classes that have pairs.
+        between: Unweighted mean of `class_matrix` over pairs of different classes.
+        overall: Mean over all pairs of examples.
+    """
+
+    classes: _Labels
+    class_matrix: Array
+    within: float
+    between: float
+    overall: float
+
+
+def stiffness_matrices(gram: Real) -> tuple[Array, Array]:
+    """Compute sign and cosine of every pair of gradients from their inner products.
+
+    An example whose gradient is zero (as late in training) or not finite has no direction: its row
+    and column are NaN.
+
+    Args:
+        gram: Inner products of per-example gradients, [examples, examples]. Any scale common to
+            all gradients, such as the 1/N of a mean loss, cancels.
+
+    Returns:
+        The sign matrix, with entries -1, 0, 1, and the cosine matrix, with entries in [-1, 1],
+        both [examples, examples].
+
+    Raises:
+        InvalidInputError: If `gram` is not square.
+
+    Example:
+        >>> sign, cosine = stiffness_matrices(np.array([[4.0, -2.0], [-2.0, 4.0]]))
+        >>> cosine
+        array([[ 1. , -0.5],
+               [-0.5,  1. ]])
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise InvalidInputError(
+            f"`gram` has shape {list(gram.shape)}; expected [examples, examples]"
+        )
+    products = gram.astype(np.float64)
+    squares = np.diagonal(products)
+    masked = ~(np.isfinite(squares) & (squares > 0))
+    norms = np.sqrt(np.where(masked, np.nan, squares))
+    # One norm after the other: their product would underflow for gradients below 1e-154.
+    cosine: Array = products / norms[:, None] / norms[None, :]
+    sign: Array = np.sign(cosine)
+    return sign, cosine
+
+
+def summarize(pairs: Array, labels: _Labels) -> Summary:
+    """Average a pair matrix over classes.
+
+    Args:
+        pairs: One value per pair of examples, [examples, examples]. NaN pairs are left out; the
+            diagonal is never used.
+        labels: Class of each example, [examples].
+
+    Returns:
+        The class matrix and its means; NaN where there is no pair to average.
+
+    Raises:
+        MismatchError: If there is not one label per example.
+
+    Example:
+        >>> pairs = np.array([[1, 0.5, -0.2], [0.5, 1, -0.4], [-0.2, -0.4, 1]])
+        >>> summarize(pairs, np.array([0, 0, 1])).class_matrix.round(3)
+        array([[ 0.5, -0.3],
+               [-0.3,  nan]])
+    """
+    if labels.shape != pairs.shape[:1]:
+        raise MismatchError(
+            f"`labels` has shape {list(labels.shape)}; expected one for each of the "
+            f"{len(pairs)} examples of `pairs`"
+        )
+    classes, codes = np.unique(labels, return_inverse=True)
+    membership: Array = np.eye(len(classes))[codes]
+    counted = ~np.isnan(pairs)
+    np.fill_diagonal(counted, False)
+    sums = membership.T @ np.where(counted, pairs, 0) @ membership
+    counts = membership.T @ counted.astype(np.float64) @ membership
+    class_matrix = _ratio(sums, counts)
+    return Summary(
+        classes=classes,
+        class_matrix=class_matrix,
+        within=_mean(np.diagonal(class_matrix)),
+        between=_mean(class_matrix[~np.eye(len(classes), dtype=bool)]),
+        overall=float(_ratio(sums.sum(), counts.sum())),
+    )
+
+
+def stiffness(
+    run: Run,
+    *,
+    by: Mapping[Any, Hashable] | Literal["class"] | None = "class",  # Any: any class label.
+    steps: Sequence[int] | None = None,
+    layer: str | None = None,
+    source: str | None = None,
+) -> xr.Dataset:
+    """Compute stiffness within and between classes over the steps of a run.
+
+    Args:
+        run: Run with the measure `example_gradients`.
+        by: "class" groups the examples by their targets, a mapping by its value for their target
+            (fine class to superclass), None not at all.
+        steps: Recorded steps, negative ones counted from the last; all if None.
+        layer: Only the parameters of this layer; those of all recorded layers together if None.
+        source: Source of the examples; the default source of the measure if None.
+
+    Returns:
+        Dataset over step, each variable for `sign` and for `cosine`:
+
+        - `sign` [step]: mean over all pairs of different examples,
+        - `sign_within` [step]: mean over classes of the stiffness inside a class; a class with a
+          single example has none and is left out,
+        - `sign_between` [step]: unweighted mean over pairs of different classes,
+        - `sign_matrix` [step, class, other_class]: the class matrix,
+
+        and `num_zero_gradients` and `num_nonfinite_gradients` [step], the examples that could not
+        count. Attribute `parameters` says which parameters are included.
+
+    Raises:
+        InvalidInputError: If `by` is none of these or lacks a class, or the source has no class
+            labels.
+
+    Example::
+
+        result = sonde.analysis.stiffness(run)
+        result.cosine_within.sel(step=100)
+    """
+    log = measure_log(run, "example_gradients", source)
+    selected = select_steps(log, steps)
+    labels = None if by is None else _labels(log, by)
+    num_examples, num_zero, num_nonfinite = 0, [], []
+    summaries: dict[str, list[Summary]] = {kind: [] for kind in _KINDS}
+    for step in selected:
+        gram = log.gram(step) if layer is None else log[layer].gram(step)
+        num_examples = len(gram)
+        squares = np.diagonal(gram)
+        num_zero.append(int(np.count_nonzero(squares <= 0)))
+        num_nonfinite.append(int(np.count_nonzero(~np.isfinite(squares))))
+        groups = np.zeros(num_examples, dtype=np.int64) if labels is None else labels
+        for kind, pairs in zip(_KINDS, stiffness_matrices(gram), strict=True):
+            summaries[kind].append(summarize(pairs, groups))
+    diverged = [step for step, count in zip(selected, num_nonfinite, strict=True) if count]
+    if diverged:
+        warnings.warn(
+            f"run '{run.name}' has non-finite gradients at steps {diverged}; "
+            "these examples are left out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    result = _dataset(selected, summaries, grouped=labels is not None)
+    result["num_zero_gradients"] = ("step", num_zero)
+    result["num_nonfinite_gradients"] = ("step", num_nonfinite)
+    result.attrs = {
+        "run": run.name,
+        "source": log.source,
+        "by": by if isinstance(by, str) else "none" if by is None else "superclass",
+        "parameters": "all" if layer is None else layer,
+        "layers": ", ".join(log.layers) if layer is None else layer,
+        "num_examples": num_examples,
+    }
+    return result
+
+
+def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str) -> _Labels:
+    """Group the examples of a source.
+
+    Raises:
+        InvalidInputError: If `by` is not valid for this source, or it has no class labels.
+    """
+    if isinstance(by, str) and by != "class":
+        raise InvalidInputError(
+            f"`by` (='{by}') must be 'class', a mapping from class to superclass, or None"
+        )
+    targets: _Labels | None = log.targets
+    where = f"source '{log.source}' of run '{log.run.name}'"
+    if targets is None:
+        raise InvalidInputError(f"{where} has no targets; pass by=None")
+    if targets.ndim != 1 or targets.dtype.kind not in "iubUS":
+        raise InvalidInputError(
+            f"{where} has targets of shape {list(targets.shape)} and type {targets.dtype}, "
+            "not one class label per example; pass by=None"
+        )
+    if isinstance(by, str):
+        return targets
+    missing = sorted({label for label in targets.tolist() if label not in by})
+    if missing:
+        raise InvalidInputError(f"`by` has no superclass for classes {missing} of {where}")
+    return np.array([by[label] for label in targets.tolist()])
+
+
+def _dataset(
+    steps: list[int], summaries: Mapping[str, list[Summary]], *, grouped: bool
+) -> xr.Dataset:
+    """Join the summaries of both kinds along the step."""
+    result = xr.Dataset(coords={"step": steps})
+    if grouped:
+        classes = next(iter(summaries.values()))[0].classes
+        result = result.assign_coords({"class": classes, "other_class": classes})
+    for kind, values in summaries.items():
+        result[kind] = ("step", [value.overall for value in values])
+        if grouped:
+            matrices = np.stack([value.class_matrix for value in values])
+            result[f"{kind}_within"] = ("step", [value.within for value in values])
+            result[f"{kind}_between"] = ("step", [value.between for value in values])
+            result[f"{kind}_matrix"] = (("step", "class", "other_class"), matrices)
+    return result
+
+
+def _ratio(sums: Array, counts: Array) -> Array:
+    """Divide, with NaN instead of a warning where nothing was counted."""
+    ratio: Array = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    return ratio
+
+
+def _mean(values: Array) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if len(present) else float("nan")
