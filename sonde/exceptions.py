@@ -44,5 +44,9 @@ class UnsupportedModelError(SondeError, TypeError):
     """The model is of a kind whose layers cannot be hooked."""
 
 
+class DamageError(SondeError, ValueError):
+    """Bytes of a log do not match their checksum; what they held is not returned."""
+
+
 class FormatError(SondeError, ValueError):
     """A log file is of a newer format, or no log file at all."""

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .frames import Damage, LogArray
-    from .run import LayerLog, MeasureLog, Run, open_run
+    from .measure_log import LayerLog, MeasureLog
+    from .run import Run, open_run
     from .writer import LogWriter
 
 __all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "open_run"]
 
 _HOMES = {
     "Damage": "frames",
-    "LayerLog": "run",
+    "LayerLog": "measure_log",
     "LogArray": "frames",
     "LogWriter": "writer",
-    "MeasureLog": "run",
+    "MeasureLog": "measure_log",
     "Run": "run",
     "open_run": "run",
 }

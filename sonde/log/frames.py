@@ -1,13 +1,14 @@
 """Frames: the CRC-checked unit a journal is made of.
 
-A journal is a file header followed by frames. A frame is a fixed part, a JSON index and a payload of
-array bytes; both are padded to 8 bytes. One checksum covers the fixed part and the index, a second
-one, stored in the fixed part, covers the payload. Every frame repeats the token of its writer, so a
-frame of another journal is never taken for one of this.
+A journal is a file header followed by frames. A frame is a fixed part, a JSON index and a payload
+of array bytes; both are padded to 8 bytes. One checksum covers the fixed part and the index, a
+second one, stored in the fixed part, covers the payload. Every frame repeats the token of its
+writer, so a frame of another journal is never taken for one of this.
 
-Frame kinds: `record` (what one measure wrote for one step), `table` (arrays that do not depend on the
-step, such as the ids of a probe), `attempt` (who writes), `note` (an event), `gap` (records that were
-dropped) and `end` (the writer closed). `attempt` and the tables stand at the head of every journal.
+Frame kinds: `record` (what one measure wrote for one step), `table` (arrays that do not depend on
+the step, such as the ids of a probe), `attempt` (who writes), `note` (an event), `gap` (records
+that were dropped) and `end` (the writer closed). `attempt` and the tables stand at the head of
+every journal.
 """
 
 from __future__ import annotations
@@ -221,7 +222,15 @@ def encode_header(
 ) -> bytes:
     """Encode the fixed part of a frame in front of its index, with both checksums."""
     fixed = _FIXED.pack(
-        _FRAME_MAGIC, len(index), 0, token, payload.nbytes, sequence, step, zlib.crc32(payload.data), 0
+        _FRAME_MAGIC,
+        len(index),
+        0,
+        token,
+        payload.nbytes,
+        sequence,
+        step,
+        zlib.crc32(payload.data),
+        0,
     )
     checksum = zlib.crc32(index, zlib.crc32(fixed[:-4]))
     return fixed[:-4] + struct.pack("<I", checksum) + index
@@ -249,7 +258,7 @@ def scan_journal(fd: int, name: str) -> Iterator[Frame | Damage]:
         FormatError: If the journal is of a newer format.
     """
     size = os.fstat(fd).st_size
-    token, damage = _read_file_header(fd, name, size)
+    token, expected, damage = _read_file_header(fd, name, size)
     if damage is not None:
         yield damage
     offset = min(_FILE.size, size)
@@ -260,7 +269,7 @@ def scan_journal(fd: int, name: str) -> Iterator[Frame | Damage]:
             following = _find_frame(fd, offset + 1, size)
             end = size if following is None else following
             yield Damage(name, offset, end - offset, parsed, is_tail=following is None)
-            offset = end
+            offset, expected = end, None
             continue
         frame, frame_token, end, payload_is_valid = parsed
         if token is None:
@@ -272,11 +281,15 @@ def scan_journal(fd: int, name: str) -> Iterator[Frame | Damage]:
             problem = f"{describe(frame)} belongs to another journal"
         elif frame.sequence <= last_sequence:
             problem = f"{describe(frame)} is out of order"
-        if problem is None:
-            last_sequence = frame.sequence
-            yield frame
-        else:
+        if problem is not None:
             yield Damage(name, offset, end - offset, problem)
+            offset, expected = end, None
+            continue
+        if expected is not None and frame.sequence > expected:
+            missing = f"frames {expected} to {frame.sequence - 1} are missing"
+            yield Damage(name, offset, 0, f"{missing} before {describe(frame)}")
+        last_sequence, expected = frame.sequence, frame.sequence + 1
+        yield frame
         offset = end
 
 
@@ -291,20 +304,27 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // 8) * 8
 
 
-def _read_file_header(fd: int, name: str, size: int) -> tuple[int | None, Damage | None]:
+def _read_file_header(
+    fd: int, name: str, size: int
+) -> tuple[int | None, int | None, Damage | None]:
+    """Return (token, first sequence, damage) of a journal; None where it cannot be read.
+
+    Raises:
+        FormatError: If the journal is of a newer format.
+    """
     head = os.pread(fd, _FILE.size, 0)
     if len(head) == _FILE.size:
-        magic, version, _, token, _, _, checksum = _FILE.unpack(head)
+        magic, version, _, token, first_sequence, _, checksum = _FILE.unpack(head)
         if magic == _FILE_MAGIC and zlib.crc32(head[:-4]) == checksum:
             if version > FORMAT_VERSION:
                 raise FormatError(
                     f"{name} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
                     "Install a newer sonde."
                 )
-            return int(token), None
+            return int(token), int(first_sequence), None
     is_tail = size <= _FILE.size
     reason = "the journal ends inside its header" if is_tail else "the file header is damaged"
-    return None, Damage(name, 0, min(size, _FILE.size), reason, is_tail)
+    return None, None, Damage(name, 0, min(size, _FILE.size), reason, is_tail)
 
 
 def _read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int, bool] | str:

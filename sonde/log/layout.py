@@ -1,4 +1,4 @@
-"""The files of a run directory: their names, the lock of a writer, and the run's own description."""
+"""The files of a run directory: names, the lock of a writer, the run's own description."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def segments(folder: Path) -> list[tuple[int, int, Path]]:
 
 
 def segment_path(folder: Path, first_sequence: int, end: int) -> Path:
-    """Return the name of the segment that holds the frames from `first_sequence` to before `end`."""
+    """Return the name of the segment with the frames from `first_sequence` to before `end`."""
     return folder / f"{first_sequence:012d}-{end:012d}.h5"
 
 
@@ -64,11 +64,20 @@ def lock_folder(folder: Path) -> int | None:
     except (ImportError, OSError):
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The folder is new: at most a reader holds it, for the instant of `is_being_written`.
+        fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError:
         os.close(fd)
         return None
     return fd
+
+
+def unlock_folder(fd: int) -> None:
+    """Release a lock, also where a forked child still holds a copy of its file descriptor."""
+    import fcntl
+
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def is_being_written(folder: Path) -> bool:

@@ -1,8 +1,8 @@
 """The reading side of a log: every valid record of a run, from segments and journals alike.
 
-`read_index` lists what is there without loading arrays; a `Part` is one measure × source of one file
-and reads single arrays from it. Sealed segments are taken first, then journals; a record that stands
-in both (its journal was sealed but not deleted yet) counts once.
+`read_index` lists what is there without loading arrays; a `Part` is one measure × source of one
+file and reads single arrays from it. Sealed segments are taken first, then journals; a record that
+stands in both (its journal was sealed but not deleted yet) counts once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import FormatError
+from sonde.exceptions import DamageError, FormatError
 
 from .frames import (
     FILE_HEADER_BYTES,
@@ -31,7 +31,7 @@ from .frames import (
     storage_dtype,
 )
 from .layout import is_being_written, journals, segments, writer_folders
-from .segment import Segment, SegmentGroup, Stream, check_segment
+from .segment import Segment, SegmentFile, SegmentRecords, Stream, identify
 
 StreamKey = tuple[str | None, str]
 """A stream is named by its layer, or None, and its field."""
@@ -136,58 +136,38 @@ class _JournalPart(Part):
         return list(keys)
 
 
-@dataclass(frozen=True)
-class SegmentFile:
-    """One state of a segment's file, so that another one at the same path is told apart."""
-
-    path: Path
-    inode: int
-    num_bytes: int
-    changed_ns: int
-
-
 class _SegmentPart(Part):
-    def __init__(
-        self, file: SegmentFile, group: SegmentGroup, presence: npt.NDArray[np.bool_]
-    ) -> None:
-        self._file = file
-        self._group = group
-        self._presence = presence
-        self._streams: dict[StreamKey, Stream] = {(s.layer, s.field): s for s in group.streams}
+    def __init__(self, records: SegmentRecords) -> None:
+        self._records = records
+        self._streams: dict[StreamKey, Stream] = {
+            (stream.layer, stream.field): stream for stream in records.group.streams
+        }
         self.records = [
             Record(
                 entry["step"], entry["sequence"], entry.get("time"), entry["attributes"], self, row
             )
-            for row, entry in enumerate(group.records)
+            for row, entry in enumerate(records.group.records)
         ]
 
     def streams(self, row: int) -> dict[StreamKey, StreamShape]:
-        segment = _open_segment(self._file)
         return {
-            key: StreamShape(
-                stream.dtype, stream.dims, segment.shape(self._group, stream, row)
-            )
+            key: StreamShape(stream.dtype, stream.dims, self._records.shapes(stream)[row])
             for key, stream in self._streams.items()
-            if self._presence[row, stream.column]
+            if self._records.presence[row, stream.column]
         }
 
     def has(self, row: int, key: StreamKey) -> bool:
         stream = self._streams.get(key)
-        return stream is not None and bool(self._presence[row, stream.column])
+        return stream is not None and bool(self._records.presence[row, stream.column])
 
     def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
-        return _open_segment(self._file).read(self._group, self._streams[key], row)
+        return self._records.read(self._streams[key], [row])[0]
 
     def stream_keys(self) -> list[StreamKey]:
         return list(self._streams)
 
     def read_many(self, rows: list[int], key: StreamKey) -> Iterator[npt.NDArray[Any]]:
-        stream = self._streams[key]
-        present = np.flatnonzero(self._presence[:, stream.column])
-        if len(rows) > 1 and np.array_equal(rows, present):
-            yield from _open_segment(self._file).read_all(self._group, stream)
-        else:
-            yield from super().read_many(rows, key)
+        yield from self._records.read(self._streams[key], rows)
 
 
 @dataclass(frozen=True)
@@ -242,16 +222,14 @@ def read_index(run: Path) -> list[WriterLog]:
         FormatError: If a file is of a newer format.
         OSError: If the directory cannot be read.
     """
-    return [
-        _read_writer(attempt, rank, folder) for attempt, rank, folder in writer_folders(run)
-    ]
+    return [_read_writer(attempt, rank, folder) for attempt, rank, folder in writer_folders(run)]
 
 
 def _read_writer(attempt: int, rank: int, folder: Path) -> WriterLog:
     while True:
         log = WriterLog(attempt, rank, is_live=is_being_written(folder))
         seen: set[int] = set()
-        # Journals are listed first: what is sealed meanwhile then stands in both lists, not in none.
+        # Journals are listed first: what is sealed meanwhile stands in both lists, not in none.
         open_ends = journals(folder)
         sealed = segments(folder)
         try:
@@ -270,27 +248,24 @@ def _read_writer(attempt: int, rank: int, folder: Path) -> WriterLog:
 
 
 def _add_segment(log: WriterLog, path: Path, seen: set[int]) -> None:
-    name = f"{path.parent.name}/{path.name}"
-    file = _identify(path)
-    problem = check_segment(path)
-    if problem is not None:
-        log.damage.append(Damage(name, 0, file.num_bytes, problem))
+    file = identify(path)
+    try:
+        segment = _open_segment(file)
+    except DamageError as error:
+        reason = str(error).removeprefix(f"{file.name}: ")
+        log.damage.append(Damage(file.name, 0, file.num_bytes, reason))
         return
-    segment = _open_segment(file)
     for item in segment.frames:
         seen.add(item["sequence"])
         _add_event(log, item)
     log.damage += [Damage(**item) for item in segment.damage]
     for table in segment.tables:
-        arrays = {
-            entry["field"]: _segment_table(file, entry["path"], entry["dtype"])
-            for entry in table["arrays"]
-        }
+        arrays = {entry["field"]: _segment_table(segment, entry) for entry in table["arrays"]}
         log.tables[table["name"]] = Table(table["attributes"], arrays)
-    for group in segment.groups:
-        part = _SegmentPart(file, group, segment.presence(group))
+    for records in segment.groups:
+        part = _SegmentPart(records)
         seen.update(record.sequence for record in part.records)
-        log.parts.setdefault((group.measure, group.source), []).append(part)
+        log.parts.setdefault((records.group.measure, records.group.source), []).append(part)
 
 
 def _add_journal(log: WriterLog, path: Path, seen: set[int], *, is_live: bool) -> None:
@@ -337,8 +312,8 @@ def _journal_table(
     return lambda: _read_entry(file, frame, entry)
 
 
-def _segment_table(file: SegmentFile, name: str, dtype: str) -> Callable[[], npt.NDArray[Any]]:
-    return lambda: _open_segment(file).table(name, dtype)
+def _segment_table(segment: Segment, entry: Mapping[str, Any]) -> Callable[[], npt.NDArray[Any]]:
+    return lambda: segment.table(entry)
 
 
 def _read_entry(file: JournalFile, frame: Frame, entry: ArrayEntry) -> npt.NDArray[Any]:
@@ -362,15 +337,6 @@ def _read_entry(file: JournalFile, frame: Frame, entry: ArrayEntry) -> npt.NDArr
     return from_storage(values, entry.dtype)
 
 
-def _identify(path: Path) -> SegmentFile:
-    status = path.stat()
-    return SegmentFile(path, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _open_segment(file: SegmentFile) -> Segment:
-    segment = Segment(file.path)
-    if _identify(file.path) != file:
-        segment.close()
-        raise FileNotFoundError(f"{file.path} was replaced since it was listed")
-    return segment
+    return Segment(file)

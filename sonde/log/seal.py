@@ -1,37 +1,22 @@
 """Sealing: turning closed journals into segments, in a process of its own.
 
-`python -m sonde.log.seal RUN` seals every journal of a run that nobody writes any more. A segment is
-written under a temporary name, forced to the disk and renamed; only then is its journal deleted. If
-anything fails on the way, the journal stays and reads the same.
+`python -m sonde.log.seal RUN` seals every journal of a run that nobody writes any more. A segment
+is written under a temporary name, forced to the disk and renamed; only then is its journal deleted.
+If anything fails on the way, the journal stays and reads the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import zlib
-from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import h5py
-import numpy as np
-import numpy.typing as npt
+from typing import BinaryIO
 
 from sonde.exceptions import FormatError, SondeError
 
-from .frames import (
-    FORMAT_VERSION,
-    ArrayEntry,
-    Damage,
-    Frame,
-    link_name,
-    scan_journal,
-    storage_dtype,
-    stream_name,
-)
+from .frames import Damage, Frame, scan_journal
+from .hdf5 import write_segment
 from .layout import (
     is_being_written,
     journals,
@@ -40,13 +25,6 @@ from .layout import (
     sync_folder,
     writer_folders,
 )
-from .segment import append_trailer
-
-_COORDINATES = {"example": "id", "other_example": "id"}
-# Names of a segment's own. No stream is called so, and none contains "::", which sets helpers apart.
-_ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
-_TABLE_NAMES = {"sequence", "presence", "crc32"}
-_DIMENSION_NAMES = {"step", "stream", "axis", "element"}
 
 
 def seal_run(run: Path, folder: str | None = None, before: int | None = None) -> list[Path]:
@@ -129,282 +107,6 @@ def _seal_file(journal: Path, file: BinaryIO) -> Path | None:
         raise
     return segment
 
-
-class _Journaled:
-    """The arrays of a journal's frames, in memory-mapped form."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._bytes = np.memmap(file, np.uint8, "r")
-
-    def raw(self, frame: Frame, entry: ArrayEntry) -> npt.NDArray[np.uint8]:
-        start = frame.payload_offset + entry.offset
-        return self._bytes[start : start + entry.num_bytes]
-
-    def array(self, frame: Frame, entry: ArrayEntry) -> npt.NDArray[Any]:
-        raw = self.raw(frame, entry)
-        return np.frombuffer(raw.tobytes(), storage_dtype(entry.dtype)).reshape(entry.shape)
-
-
-def write_segment(
-    path: Path, journal: BinaryIO, frames: Sequence[Frame], damage: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write the frames of one journal as a segment, with its trailer, and force it to the disk.
-
-    Args:
-        path: The file to write; it must not exist.
-        journal: The open journal the frames were read from; another sealer may delete it.
-        frames: Its valid frames, in order.
-        damage: What could not be read, for the metadata.
-
-    Raises:
-        FormatError: If one stream has several element types.
-        OSError: If it cannot be written.
-    """
-    arrays = _Journaled(journal)
-    tables = {frame.body["name"]: frame for frame in frames if frame.kind == "table"}
-    grouped: dict[tuple[str, str], list[Frame]] = {}
-    for frame in frames:
-        if frame.kind == "record":
-            grouped.setdefault((frame.body["measure"], frame.body["source"]), []).append(frame)
-    with h5py.File(path, "x", libver=("v108", "v108")) as file:
-        file.attrs["sonde_format"] = FORMAT_VERSION
-        metadata = {
-            "format": FORMAT_VERSION,
-            "first_sequence": frames[0].sequence,
-            "end_sequence": frames[-1].sequence + 1,
-            "frames": [_without_arrays(f) for f in frames if f.kind not in ("record", "table")],
-            "tables": [_write_table(file, arrays, frame) for frame in tables.values()],
-            "groups": [
-                _write_group(file, arrays, key, records, tables.get(key[1]))
-                for key, records in grouped.items()
-            ],
-            "damage": list(damage),
-        }
-        _write_metadata(file, metadata)
-    append_trailer(path)
-
-
-def _without_arrays(frame: Frame) -> dict[str, Any]:
-    return {"kind": frame.kind, "step": frame.step, "sequence": frame.sequence, **frame.body}
-
-
-def _write_metadata(file: h5py.File, metadata: Mapping[str, Any]) -> None:
-    encoded = np.frombuffer(json.dumps(metadata, separators=(",", ":")).encode(), np.uint8)
-    file["metadata"] = encoded
-    scale = _dimension(file, "metadata_byte", encoded.size)
-    file["metadata"].dims[0].attach_scale(scale)
-
-
-def _write_table(file: h5py.File, arrays: _Journaled, frame: Frame) -> dict[str, Any]:
-    group = file.require_group(f"tables/{link_name(frame.body['name'])}")
-    scales: dict[tuple[str, int], h5py.Dataset] = {}
-    dims = {link_name(dim) for entry in frame.arrays for dim in entry.dims}
-    entries = []
-    for entry in frame.arrays:
-        name = _stream_dataset_name(group, link_name(entry.field), dims)
-        dataset = group.create_dataset(
-            name, entry.shape, _hdf5_type(entry.dtype), track_times=False
-        )
-        _write_raw(dataset, arrays.array(frame, entry), entry.dtype)
-        for axis, (dim, size) in enumerate(zip(entry.dims, entry.shape, strict=True)):
-            if (dim, size) not in scales:
-                name = _dimension_name(group, scales, dim, size)
-                scales[dim, size] = _dimension(group, name, size)
-            dataset.dims[axis].attach_scale(scales[dim, size])
-        entries.append(
-            {"field": entry.field, "dtype": entry.dtype, "dims": entry.dims, "path": dataset.name}
-        )
-    return {"name": frame.body["name"], "attributes": frame.body["attributes"], "arrays": entries}
-
-
-def _write_group(
-    file: h5py.File,
-    arrays: _Journaled,
-    key: tuple[str, str],
-    records: Sequence[Frame],
-    table: Frame | None,
-) -> dict[str, Any]:
-    measure, source = key
-    top = f"{measure}::measure" if measure in _ROOT_NAMES else link_name(measure)
-    group = file.create_group(f"{top}/{link_name(source)}")
-    by_stream: dict[tuple[str | None, str], list[tuple[int, Frame, ArrayEntry]]] = {}
-    for row, frame in enumerate(records):
-        for entry in frame.arrays:
-            by_stream.setdefault((entry.layer, entry.field), []).append((row, frame, entry))
-    writer = _GroupWriter(group, arrays, records, table, len(by_stream))
-    streams = [writer.write(column, cells) for column, cells in enumerate(by_stream.values())]
-    writer.finish()
-    return {
-        "path": group.name,
-        "measure": measure,
-        "source": source,
-        "streams": streams,
-        "records": [
-            {
-                "step": frame.step,
-                "sequence": frame.sequence,
-                "time": frame.body.get("time"),
-                "attributes": frame.body.get("attributes", {}),
-            }
-            for frame in records
-        ],
-    }
-
-
-class _GroupWriter:
-    """Writes the streams of one measure × source."""
-
-    def __init__(
-        self,
-        group: h5py.Group,
-        arrays: _Journaled,
-        records: Sequence[Frame],
-        table: Frame | None,
-        num_streams: int,
-    ) -> None:
-        self._group = group
-        self._arrays = arrays
-        self._num_records = len(records)
-        self._coordinates: dict[str, npt.NDArray[Any]] = {}
-        if table is not None:
-            self._coordinates = {e.field: arrays.array(table, e) for e in table.arrays}
-        dims = {link_name(dim) for f in records for e in f.arrays for dim in e.dims}
-        self._reserved = _TABLE_NAMES | _DIMENSION_NAMES | dims
-        self._scales: dict[tuple[str, int], h5py.Dataset] = {}
-        self._presence = np.zeros((len(records), num_streams), np.uint8)
-        self._checksums = np.zeros((len(records), num_streams), np.uint32)
-        group["step"] = np.array([frame.step for frame in records], np.int64)
-        group["step"].make_scale("step")
-        self._scales["step", len(records)] = group["step"]
-        group["sequence"] = np.array([frame.sequence for frame in records], np.int64)
-        group["sequence"].dims[0].attach_scale(group["step"])
-
-    def write(self, column: int, cells: list[tuple[int, Frame, ArrayEntry]]) -> dict[str, Any]:
-        """Write one stream; `cells` holds a row, frame and entry per record that has it."""
-        first = cells[0][2]
-        label = stream_name(first.layer, first.field)
-        name = _stream_dataset_name(self._group, label, self._reserved)
-        for row, frame, entry in cells:
-            self._presence[row, column] = 1
-            self._checksums[row, column] = zlib.crc32(self._arrays.raw(frame, entry).data)
-        dtypes = {entry.dtype for _, _, entry in cells}
-        if len(dtypes) > 1:
-            raise FormatError(f"'{label}' is stored with dtypes {', '.join(sorted(dtypes))}")
-        dtype = first.dtype
-        is_dense = len({entry.shape for _, _, entry in cells}) == 1
-        write = self._write_dense if is_dense else self._write_ragged
-        dataset = write(name, cells, dtype)
-        dataset.attrs["field"] = np.bytes_(first.field.encode())
-        if first.layer is not None:
-            dataset.attrs["layer"] = np.bytes_(first.layer.encode())
-        return {
-            "layer": first.layer,
-            "field": first.field,
-            "dtype": dtype,
-            "dims": first.dims,
-            "shape": first.shape if is_dense else None,
-            "path": name,
-        }
-
-    def finish(self) -> None:
-        """Write the tables that say which record has which stream, and with which checksum."""
-        for name, table in (("presence", self._presence), ("crc32", self._checksums)):
-            self._group[name] = table
-            self._attach(self._group[name], ("step", "stream"))
-
-    def _write_dense(
-        self, name: str, cells: list[tuple[int, Frame, ArrayEntry]], dtype: str
-    ) -> h5py.Dataset:
-        shape = cells[0][2].shape
-        storage = storage_dtype(dtype)
-        block = np.zeros((self._num_records, *shape), storage)
-        if len(cells) < self._num_records and dtype.startswith("float"):
-            block[...] = np.nan
-        for row, frame, entry in cells:
-            block[row] = self._arrays.array(frame, entry)
-        dataset = self._group.create_dataset(
-            name, block.shape, _hdf5_type(dtype), track_times=False
-        )
-        _write_raw(dataset, block, dtype)
-        self._attach(dataset, ("step", *cells[0][2].dims))
-        return dataset
-
-    def _write_ragged(
-        self, name: str, cells: list[tuple[int, Frame, ArrayEntry]], dtype: str
-    ) -> h5py.Dataset:
-        flat = np.concatenate([self._arrays.array(frame, e).ravel() for _, frame, e in cells])
-        num_axes = max(len(entry.shape) for _, _, entry in cells)
-        shapes = np.full((self._num_records, num_axes), -1, np.int64)
-        for row, _, entry in cells:
-            shapes[row, : len(entry.shape)] = entry.shape
-        dataset = self._group.create_dataset(
-            name, flat.shape, _hdf5_type(dtype), track_times=False
-        )
-        _write_raw(dataset, flat, dtype)
-        self._attach(dataset, ("element",))
-        self._group[f"{name}::shape"] = shapes
-        self._attach(self._group[f"{name}::shape"], ("step", "axis"))
-        return dataset
-
-    def _attach(self, dataset: h5py.Dataset, dims: Sequence[str]) -> None:
-        for axis, (dim, size) in enumerate(zip(dims, dataset.shape, strict=True)):
-            if (dim, size) not in self._scales:
-                self._scales[dim, size] = self._new_scale(dim, size)
-            dataset.dims[axis].attach_scale(self._scales[dim, size])
-
-    def _new_scale(self, dim: str, size: int) -> h5py.Dataset:
-        name = _dimension_name(self._group, self._scales, dim, size)
-        ids = self._coordinates.get(_COORDINATES.get(dim, ""))
-        if name == dim and ids is not None and ids.shape == (size,):
-            self._group[name] = ids
-            self._group[name].make_scale(name)
-            return self._group[name]
-        return _dimension(self._group, name, size)
-
-
-def _stream_dataset_name(group: h5py.Group, label: str, reserved: Set[str]) -> str:
-    """Name the dataset of a stream by its label, unless something else is called so."""
-    return f"{label}::data" if label in reserved or label in group else label
-
-
-def _dimension_name(
-    group: h5py.Group, scales: Mapping[tuple[str, int], object], dim: str, size: int
-) -> str:
-    """Name a dimension; a second size of the same name is told apart by its size."""
-    name = link_name(dim)
-    if any(known == dim for known, _ in scales):
-        name = f"{name}_{size}"
-    while name in group or name in _TABLE_NAMES:
-        name += "_"
-    return name
-
-
-def _dimension(group: h5py.Group, name: str, size: int) -> h5py.Dataset:
-    """Create a dimension that has a size but no values, the way netCDF-4 writes one."""
-    dataset = group.create_dataset(name, (size,), np.int8, track_times=False)
-    dataset.make_scale(f"This is a netCDF dimension but not a netCDF variable. {size:9d}")
-    return dataset
-
-
-def _hdf5_type(dtype: str) -> Any:  # h5py takes a NumPy dtype or a type object of its own here.
-    if dtype != "bfloat16":
-        return storage_dtype(dtype)
-    kind = h5py.h5t.IEEE_F32LE.copy()
-    kind.set_fields(15, 7, 8, 0, 7)
-    kind.set_size(2)
-    kind.set_ebias(127)
-    return h5py.Datatype(kind)
-
-
-def _write_raw(dataset: h5py.Dataset, values: npt.NDArray[Any], dtype: str) -> None:
-    if not values.size:
-        return
-    contiguous = np.ascontiguousarray(values).reshape(values.shape)
-    if dtype == "bfloat16":
-        # The memory type is the file's, so libhdf5 converts nothing.
-        dataset.id.write(h5py.h5s.ALL, h5py.h5s.ALL, contiguous, dataset.id.get_type())
-    else:
-        dataset[...] = contiguous
 
 def main() -> None:
     """Seal the run named on the command line."""

@@ -27,6 +27,16 @@ class Sealing:
         self._sealed_before = 0
         self._wanted_before = 0
 
+    @property
+    def problem(self) -> str | None:
+        """Why journals were left unsealed, once a sealer has ended."""
+        if self._process is None or not self._process.returncode:
+            return None
+        return (
+            f"sealing failed with exit status {self._process.returncode}; the journals stay and "
+            f"read the same, and `sonde seal {self._run}` says why"
+        )
+
     def start(self, before: int) -> None:
         """Seal every journal whose frames are numbered below `before`, if no sealer is running."""
         self._wanted_before = before
@@ -34,7 +44,11 @@ class Sealing:
             return
         source = str(Path(__file__).resolve().parents[2])
         arguments = [
-            str(self._run.resolve()), "--folder", self._folder.name, "--before", str(before)
+            str(self._run.resolve()),
+            "--folder",
+            self._folder.name,
+            "--before",
+            str(before),
         ]
         try:
             self._process = subprocess.Popen(

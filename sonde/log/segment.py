@@ -1,10 +1,10 @@
-"""Segments: the sealed form of a journal, one immutable HDF5 file.
+"""Segments, as they are read: immutable HDF5 files whose bytes are checked first.
 
-Each measure × source is a group `measure/source`; in it each stream (a field of a layer, or a field
-alone) is a dataset whose first axis is the record, named `layer:field` or `field`. Axes carry HDF5
-dimension scales, so that h5py, xarray (engine h5netcdf) and `h5dump` show names. `/metadata` holds
-what is not an array, as JSON in uint8. Behind the HDF5 data stands a trailer with the checksum of the
-whole file, which is checked before libhdf5 sees the file.
+A segment is an ordinary HDF5 file for everyone else. sonde itself reads it without libhdf5, which
+can hang on a damaged file: behind the HDF5 data stands a trailer that says where the metadata lies,
+the metadata says where each array lies (datasets are contiguous), and every record of every array
+has a checksum. So opening a segment reads its metadata only, and a flipped byte costs the record it
+is in.
 """
 
 from __future__ import annotations
@@ -13,64 +13,127 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import FormatError
+from sonde.exceptions import DamageError, FormatError
 
-from .frames import FORMAT_VERSION, from_storage
+from .frames import FORMAT_VERSION, from_storage, storage_dtype
 
-_TRAILER = struct.Struct("<8sIIQII")  # magic, version, reserved, bytes before it, their crc, own crc
+# magic, version, reserved; metadata: offset, bytes, crc; what precedes the trailer: bytes, crc; and
+# the trailer's own crc
+_TRAILER = struct.Struct("<8sIIQQIQII")
 _TRAILER_MAGIC = b"SONDESEG"
 _CHUNK_BYTES = 4 << 20
 
-_checked: dict[tuple[int, int, int], bool] = {}
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """One state of a segment's file, so that another one at the same path is told apart."""
+
+    path: Path
+    inode: int
+    num_bytes: int
+    changed_ns: int
+
+    @property
+    def name(self) -> str:
+        """How reports name it: relative to the run directory."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array that is read as a whole lies, and its checksum."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Place:
+        """Return what an entry of the metadata says."""
+        return cls(entry["offset"], entry["dtype"], tuple(entry["shape"]), entry["crc32"])
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A field of a layer (or a field alone) over the records of one segment."""
+    """A field of a layer (or a field alone) over the records of one segment.
+
+    Attributes:
+        layer: The layer, or None.
+        field: The field.
+        dtype: The element type.
+        dims: One name per axis of a record.
+        shape: The shape in every record, or None where it differs.
+        offset: Where its data starts in the file, in bytes.
+        shapes: Where it differs, the table of shapes, [records, axes], padded with -1.
+        column: Its column in the tables of presence and checksums.
+    """
 
     layer: str | None
     field: str
     dtype: str
     dims: tuple[str, ...]
-    shape: tuple[int, ...] | None  # None: the shape differs between records.
-    path: str
-    column: int  # Its column in the presence and checksum tables.
+    shape: tuple[int, ...] | None
+    offset: int
+    shapes: Place | None
+    column: int
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
     """One measure × source of a segment: its streams, and one entry per record."""
 
-    path: str
     measure: str
     source: str
     streams: tuple[Stream, ...]
     records: tuple[dict[str, Any], ...]
+    presence: Place
+    checksums: Place
 
 
-def append_trailer(path: Path) -> None:
+def identify(path: Path) -> SegmentFile:
+    """Return the present state of a segment's file.
+
+    Raises:
+        OSError: If it is gone.
+    """
+    status = path.stat()
+    return SegmentFile(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def append_trailer(path: Path, metadata_offset: int, metadata: bytes) -> None:
     """Close a segment off with the checksum of everything before, and force it to the disk."""
     with path.open("r+b") as file:
         checksum = 0
         while chunk := file.read(_CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
-        head = _TRAILER.pack(_TRAILER_MAGIC, FORMAT_VERSION, 0, file.tell(), checksum, 0)[:-4]
+        head = _TRAILER.pack(
+            _TRAILER_MAGIC,
+            FORMAT_VERSION,
+            0,
+            metadata_offset,
+            len(metadata),
+            zlib.crc32(metadata),
+            file.tell(),
+            checksum,
+            0,
+        )[:-4]
         file.write(head + struct.pack("<I", zlib.crc32(head)))
         file.flush()
         os.fsync(file.fileno())
 
 
 def check_segment(path: Path) -> str | None:
-    """Check the checksum of a whole segment; the answer is remembered until the file changes.
+    """Check the checksum of a whole segment, byte for byte.
 
     Returns:
         None if it holds, otherwise what is wrong.
@@ -79,107 +142,182 @@ def check_segment(path: Path) -> str | None:
         FormatError: If the segment is of a newer format.
         OSError: If it cannot be read.
     """
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        key = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if _checked.get(key):
-            return None
-        file.seek(max(0, status.st_size - _TRAILER.size))
-        trailer = file.read()
-        if len(trailer) < _TRAILER.size:
-            return "the segment is cut short"
-        magic, version, _, num_bytes, checksum, own = _TRAILER.unpack(trailer)
-        if magic != _TRAILER_MAGIC or zlib.crc32(trailer[:-4]) != own:
-            return "the segment has no valid trailer: it is cut short or damaged"
-        if version > FORMAT_VERSION:
-            raise FormatError(
-                f"{path} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
-                "Install a newer sonde."
-            )
-        if num_bytes + _TRAILER.size != status.st_size:
-            return "the segment does not have the size its trailer states"
-        file.seek(0)
-        actual = 0
-        remaining = num_bytes
-        while remaining and (chunk := file.read(min(_CHUNK_BYTES, remaining))):
+    file = identify(path)
+    try:
+        *_, num_bytes, checksum = _read_trailer(file)
+    except DamageError as error:
+        return str(error).removeprefix(f"{file.name}: ")
+    actual = 0
+    with path.open("rb") as stream:
+        while num_bytes and (chunk := stream.read(min(_CHUNK_BYTES, num_bytes))):
             actual = zlib.crc32(chunk, actual)
-            remaining -= len(chunk)
-        if actual != checksum:
-            return "the segment does not match its checksum"
-    _checked[key] = True
-    return None
+            num_bytes -= len(chunk)
+    return None if actual == checksum else "the segment does not match its checksum"
 
 
 class Segment:
-    """A segment that was checked, open for reading.
+    """A segment whose metadata was checked. It holds no file open.
 
     Args:
-        path: The file.
+        file: The file.
 
     Raises:
+        DamageError: If its trailer or metadata is damaged.
+        FormatError: If it is of a newer format.
         OSError: If it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # The default locking: libhdf5 refuses a second opening, by xarray say, whose flag differs.
-        self._file = h5py.File(path, "r")
-        metadata = json.loads(self._file["metadata"][()].tobytes())
+    def __init__(self, file: SegmentFile) -> None:
+        self.file = file
+        offset, num_bytes, checksum, _, _ = _read_trailer(file)
+        encoded = _read_bytes(file, offset, num_bytes)
+        if zlib.crc32(encoded) != checksum:
+            raise DamageError(f"{file.name}: the metadata does not match its checksum")
+        metadata = json.loads(encoded)
         self.frames: list[dict[str, Any]] = metadata["frames"]
         self.tables: list[dict[str, Any]] = metadata["tables"]
         self.damage: list[dict[str, Any]] = metadata["damage"]
-        self.groups = tuple(_group_from(entry) for entry in metadata["groups"])
+        self.groups = tuple(SegmentRecords(file, _group_from(e)) for e in metadata["groups"])
 
-    def table(self, path: str, dtype: str) -> npt.NDArray[Any]:
-        """Return an array that does not depend on the step."""
-        return from_storage(self._raw(self._file[path], dtype, ()), dtype)
+    def table(self, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+        """Return an array that does not depend on the step.
 
-    def presence(self, group: SegmentGroup) -> npt.NDArray[np.bool_]:
-        """Return which record has which stream, [records, streams]."""
-        present: npt.NDArray[np.bool_] = self._file[group.path]["presence"][()].astype(bool)
-        return present
+        Raises:
+            DamageError: If it does not match its checksum.
+        """
+        return read_place(self.file, Place.of(entry), f"table '{entry['field']}'")
 
-    def shape(self, group: SegmentGroup, stream: Stream, row: int) -> tuple[int, ...]:
-        """Return the shape of one stream in one record."""
-        if stream.shape is not None:
-            return stream.shape
-        sizes = self._file[group.path][f"{stream.path}::shape"][row]
-        return tuple(int(size) for size in sizes if size >= 0)
 
-    def read(self, group: SegmentGroup, stream: Stream, row: int) -> npt.NDArray[Any]:
-        """Return one stream of one record."""
-        dataset = self._file[group.path][stream.path]
-        if stream.shape is not None:
-            return from_storage(self._raw(dataset, stream.dtype, (row,)), stream.dtype)
-        shapes = self._file[group.path][f"{stream.path}::shape"][()]
-        sizes = np.where(shapes < 0, 1, shapes).prod(axis=1)
-        start = int(sizes[:row][self.presence(group)[:row, stream.column]].sum())
-        flat = self._raw(dataset, stream.dtype, (slice(start, start + int(sizes[row])),))
-        return from_storage(flat, stream.dtype).reshape(self.shape(group, stream, row))
+class SegmentRecords:
+    """The records of one measure × source of a segment.
 
-    def read_all(self, group: SegmentGroup, stream: Stream) -> Iterator[npt.NDArray[Any]]:
-        """Yield one stream of every record that has it, in order, from one read when possible."""
-        present = self.presence(group)[:, stream.column]
-        if stream.shape is None:
-            yield from (self.read(group, stream, int(row)) for row in np.flatnonzero(present))
-            return
-        block = self._raw(self._file[group.path][stream.path], stream.dtype, ())
-        yield from from_storage(block, stream.dtype)[present]
+    Args:
+        file: The segment.
+        group: What its metadata says of them.
+    """
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def __init__(self, file: SegmentFile, group: SegmentGroup) -> None:
+        self.file = file
+        self.group = group
 
-    def _raw(
-        self, dataset: h5py.Dataset, dtype: str, where: tuple[int | slice, ...]
-    ) -> npt.NDArray[Any]:
-        if dtype != "bfloat16":
-            values: npt.NDArray[Any] = np.asarray(dataset[where])
-            return values
-        bits = np.empty(dataset.shape, np.uint16)
-        if bits.size:
-            dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, bits, dataset.id.get_type())
-        return bits[where]
+    @cached_property
+    def presence(self) -> npt.NDArray[np.bool_]:
+        """Which record has which stream, [records, streams]."""
+        table = read_place(self.file, self.group.presence, "the table of presence")
+        return table.astype(bool)
+
+    def shapes(self, stream: Stream) -> list[tuple[int, ...]]:
+        """Return the shape of a stream in each record; where it is absent, of no element."""
+        if stream.shapes is None:
+            assert stream.shape is not None
+            return [stream.shape] * len(self.group.records)
+        table = read_place(self.file, stream.shapes, f"the shapes of '{stream.field}'")
+        present = self.presence[:, stream.column]
+        return [
+            tuple(int(size) for size in row if size >= 0) if there else (0,)
+            for row, there in zip(table, present, strict=True)
+        ]
+
+    def read(self, stream: Stream, rows: list[int]) -> list[npt.NDArray[Any]]:
+        """Return one stream of several records, in order; neighbouring ones in one read.
+
+        Raises:
+            DamageError: If one does not match its checksum; the message names it.
+        """
+        storage = storage_dtype(stream.dtype)
+        shapes = self.shapes(stream)
+        sizes = np.array([storage.itemsize * int(np.prod(s, dtype=np.int64)) for s in shapes])
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        arrays = []
+        for first, last in _spans(rows):
+            start, end = int(starts[first]), int(starts[last + 1])
+            block = _read_bytes(self.file, stream.offset + start, end - start)
+            for row in range(first, last + 1):
+                begin = int(starts[row]) - start
+                raw = block[begin : begin + int(sizes[row])]
+                if zlib.crc32(raw) != self._checksums[row, stream.column]:
+                    raise DamageError(self._damaged(stream, row))
+                values = np.frombuffer(raw, storage).reshape(shapes[row])
+                arrays.append(from_storage(values, stream.dtype))
+        return arrays
+
+    @cached_property
+    def _checksums(self) -> npt.NDArray[np.uint32]:
+        return read_place(self.file, self.group.checksums, "the table of checksums")
+
+    def _damaged(self, stream: Stream, row: int) -> str:
+        record = self.group.records[row]
+        layer = f" of layer '{stream.layer}'" if stream.layer is not None else ""
+        return (
+            f"{self.file.name}: '{stream.field}'{layer} of record {record['sequence']} "
+            f"({self.group.measure}, step {record['step']}) does not match its checksum"
+        )
+
+
+def read_place(file: SegmentFile, place: Place, what: str) -> npt.NDArray[Any]:
+    """Read an array as a whole.
+
+    Raises:
+        DamageError: If it does not match its checksum.
+        OSError: If the segment cannot be read.
+    """
+    storage = storage_dtype(place.dtype)
+    num_bytes = storage.itemsize * int(np.prod(place.shape, dtype=np.int64))
+    raw = _read_bytes(file, place.offset, num_bytes)
+    if zlib.crc32(raw) != place.crc32:
+        raise DamageError(f"{file.name}: {what} does not match its checksum")
+    return from_storage(np.frombuffer(raw, storage).reshape(place.shape), place.dtype)
+
+
+def _read_trailer(file: SegmentFile) -> tuple[int, int, int, int, int]:
+    """Return (metadata offset, its bytes, its crc, bytes before the trailer, their crc).
+
+    Raises:
+        DamageError: If it is damaged.
+        FormatError: If it is of a newer format.
+    """
+    if file.num_bytes < _TRAILER.size:
+        raise DamageError(f"{file.name}: the segment is cut short")
+    trailer = _read_bytes(file, file.num_bytes - _TRAILER.size, _TRAILER.size)
+    magic, version, _, offset, num_bytes, checksum, before, before_checksum, own = _TRAILER.unpack(
+        trailer
+    )
+    if magic != _TRAILER_MAGIC or zlib.crc32(trailer[:-4]) != own:
+        raise DamageError(
+            f"{file.name}: the segment has no valid trailer: it is cut short or damaged"
+        )
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{file.path} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
+            "Install a newer sonde."
+        )
+    if before + _TRAILER.size != file.num_bytes:
+        raise DamageError(f"{file.name}: the segment does not have the size its trailer states")
+    return offset, num_bytes, checksum, before, before_checksum
+
+
+def _read_bytes(file: SegmentFile, offset: int, num_bytes: int) -> bytes:
+    with file.path.open("rb") as stream:
+        status = os.fstat(stream.fileno())
+        if (status.st_ino, status.st_size, status.st_mtime_ns) != (
+            file.inode,
+            file.num_bytes,
+            file.changed_ns,
+        ):
+            raise FileNotFoundError(f"{file.path} was replaced since it was listed")
+        stream.seek(offset)
+        return stream.read(num_bytes)
+
+
+def _spans(rows: list[int]) -> list[tuple[int, int]]:
+    """Join neighbouring rows into (first, last)."""
+    spans: list[tuple[int, int]] = []
+    for row in rows:
+        if spans and row == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], row)
+        else:
+            spans.append((row, row))
+    return spans
 
 
 def _group_from(entry: Mapping[str, Any]) -> SegmentGroup:
@@ -190,11 +328,17 @@ def _group_from(entry: Mapping[str, Any]) -> SegmentGroup:
             stream["dtype"],
             tuple(stream["dims"]),
             None if stream["shape"] is None else tuple(stream["shape"]),
-            stream["path"],
+            stream["offset"],
+            None if stream["shapes"] is None else Place.of(stream["shapes"]),
             column,
         )
         for column, stream in enumerate(entry["streams"])
     )
     return SegmentGroup(
-        entry["path"], entry["measure"], entry["source"], streams, tuple(entry["records"])
+        entry["measure"],
+        entry["source"],
+        streams,
+        tuple(entry["records"]),
+        Place.of(entry["presence"]),
+        Place.of(entry["checksums"]),
     )

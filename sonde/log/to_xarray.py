@@ -11,7 +11,7 @@ import xarray
 from .frames import stream_name
 
 if TYPE_CHECKING:
-    from .run import MeasureLog
+    from .measure_log import MeasureLog
 
 _EXAMPLE_DIMS = ("example", "other_example")
 
@@ -32,12 +32,20 @@ def dataset_of(
     wanted = [step for step in log.steps if steps is None or step in steps]
     described = {step: log.describe(step) for step in wanted}
     variables: dict[str, tuple[tuple[str, ...], np.ndarray[Any, Any]]] = {}
-    sizes: dict[str, int] = {}
+    sizes = {"step": -1}  # A stream's own axis of this name is another one.
+    taken = {"step", "target"} | {
+        name
+        for streams in described.values()
+        for stream in streams.values()
+        for dim, size in zip(stream.dims, stream.shape, strict=True)
+        for name in (dim, f"{dim}_{size}")
+    }
     ragged = []
     for layer, field in log.streams:
         if layers is not None and layer is not None and layer not in layers:
             continue
-        name = stream_name(layer, field)
+        label = stream_name(layer, field)
+        name = f"{label}::data" if label in taken else label
         present = [step for step in wanted if (layer, field) in described[step]]
         shapes = {described[step][layer, field].shape for step in present}
         if len(shapes) != 1:
@@ -80,9 +88,7 @@ def _example_coordinates(log: MeasureLog, sizes: dict[str, int]) -> dict[str, An
     ids = log.ids
     if ids is None:
         return {}
-    coordinates: dict[str, Any] = {
-        dim: ids for dim in _EXAMPLE_DIMS if sizes.get(dim) == len(ids)
-    }
+    coordinates: dict[str, Any] = {dim: ids for dim in _EXAMPLE_DIMS if sizes.get(dim) == len(ids)}
     targets = log.targets
     if targets is not None and "example" in coordinates and len(targets) == len(ids):
         dims = ["example", *(f"target_{axis}" for axis in range(1, targets.ndim))]

@@ -1,9 +1,9 @@
 """The writing side of a log: a bounded queue, an appender thread, and journals that get sealed.
 
-The training thread copies arrays into a pooled buffer and returns; one background thread appends them
-to the journal. A record is committed once that append is done. Nothing here raises into the training:
-what cannot be written is dropped, counted, told once through `LogWriter.problem`, and stated in the
-log by a `gap` frame as soon as the log can be written again.
+The training thread copies arrays into a pooled buffer and returns; one background thread appends
+them to the journal. A record is committed once that append is done. Nothing here raises into the
+training: what cannot be written is dropped, counted, told once through `LogWriter.problem`, and
+stated in the log by a `gap` frame as soon as the log can be written again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from sonde.exceptions import InvalidInputError, RunExistsError
 
 from .frames import LogArray, check_arrays, encode_index, fill_payload, lay_out
 from .journal import Journal
-from .layout import journals, lock_folder, sync_file, sync_folder, writer_folder
+from .layout import (
+    journals,
+    lock_folder,
+    sync_file,
+    sync_folder,
+    unlock_folder,
+    writer_folder,
+)
 from .sealing import Sealing
 
 Sync = Literal["seal", "record", "none"]
@@ -244,11 +251,12 @@ class LogWriter:
             return
         if self._sealing is not None:
             self._sealing.finish(timeout)
+            self.problem = self.problem or self._sealing.problem
         self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            unlock_folder(self._lock)
             self._lock = None
 
     def _is_foreign(self) -> bool:
@@ -274,7 +282,12 @@ class LogWriter:
                     "record less, or set `block=True` to wait instead"
                 )
                 return False
-            payload = self._take_buffer(num_bytes)
+            try:
+                payload = self._take_buffer(num_bytes)
+            except MemoryError:
+                self._lost.add(num_bytes, step, "the memory was full")
+                self.problem = f"records are dropped: there is no memory for {num_bytes} bytes"
+                return False
         fill_payload(payload, entries, arrays)
         pending = _Pending(kind, step, encode_index(kind, body, entries), payload)
         with self._condition:
