@@ -1,0 +1,222 @@
+"""The command line: look at recorded runs and analyze them, without torch.
+
+A command parses its options, calls one function of `sonde.analysis` or `sonde.log`, and prints the
+result; whatever is heavy to import is imported in its body.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sonde.exceptions import RunNotFoundError
+
+from .analyses import boundary, cka, stiffness
+from .console import Group, help_of, working
+from .options import Json, RunPath, RunPaths, open_all, use_no_window
+from .show import print_overviews, print_run
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the program `sonde`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where × or – cannot be written, a question mark is better than a traceback.
+            stream.reconfigure(errors="replace")
+    app(prog_name="sonde")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sonde import __version__
+
+        typer.echo(f"sonde {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def sonde(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Look at recorded trainings and analyze them."""
+
+
+def ls(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="PATH", help="Folders to search; default: this one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs at or below folders.
+
+    One row per run: its state, the steps and measures it recorded, its size on disk, and how long
+    ago it was written.
+
+    Examples:
+        sonde ls
+        sonde ls runs
+        sonde ls runs --json
+    """
+    from sonde.log.layout import find_runs
+
+    from .facts import overview
+
+    roots = paths or [Path()]
+    _check_existence(roots)
+    found = list(dict.fromkeys(run for root in roots for run in find_runs(root)))
+    with working("reading", total=len(found)) as start:
+        overviews = []
+        for path in found:
+            start(str(path))
+            overviews.append(overview(path))
+    if as_json:
+        typer.echo(json.dumps(overviews, indent=1))
+    elif overviews:
+        print_overviews(overviews)
+    else:
+        typer.echo(f"no runs at or below {', '.join(str(root) for root in roots)}", err=True)
+
+
+def show(
+    run: RunPath,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    steps: Annotated[bool, typer.Option("--steps", help="List every recorded step.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a run holds, and what it lacks.
+
+    Its state and environment, measures, layers and examples; which parameters have exact
+    per-example gradients; layers that never ran, measures that were switched off, records that
+    were dropped, and damaged files.
+
+    Examples:
+        sonde show runs/seed0
+        sonde show runs/seed0 --layers --steps
+        sonde show runs/seed0 --json
+    """
+    from sonde.log import open_run
+
+    from .facts import describe
+
+    with working(f"reading {run}"):
+        facts = describe(open_run(run))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, default=str))
+    else:
+        print_run(facts, all_layers=layers, all_steps=steps)
+
+
+def tensorboard(
+    runs: RunPaths,
+    logdir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="One folder per run in DIR; default: RUN/tensorboard."),
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Draw pictures, too.")] = True,
+) -> None:
+    """Export runs for TensorBoard, and print the line that opens it.
+
+    Scalars over the steps (stiffness, accuracy and loss, decision regions, CKA of each layer to its
+    last step, every recorded scalar) and a few pictures. A second export replaces the first.
+
+    Examples:
+        sonde tensorboard runs/seed0
+        sonde tensorboard runs/seed0 runs/seed1 --logdir boards
+    """
+    from sonde.integrations.tensorboard import export
+
+    use_no_window()
+    opened = open_all(runs)
+    folders = {}
+    for name, run in opened.items():
+        folder = None if logdir is None else logdir / name
+        with working(name) as start:
+            folders[name] = export(run, folder, max_images=10 if images else 0, on_part=start)
+        typer.echo(f"wrote {folders[name]}")
+    typer.echo(_tensorboard_line(folders, logdir))
+
+
+def seal(runs: RunPaths) -> None:
+    """Seal the journals that a killed training left, into HDF5 segments.
+
+    Readers do not need it: it makes the files open in any HDF5 tool. Journals of a process that
+    still writes are left alone.
+
+    Examples:
+        sonde seal runs/seed0
+    """
+    from sonde.log.seal import seal_run
+
+    for run in runs:
+        with working(f"sealing {run}"):
+            segments = seal_run(run)
+        for segment in segments:
+            typer.echo(f"wrote {segment}")
+        if not segments:
+            typer.echo(f"{run}: nothing to seal")
+
+
+def verify(runs: RunPaths) -> None:
+    """Check every byte of runs against its checksum.
+
+    Each damaged file is named with the records in it that cannot be read; they are never returned
+    as data. Without damage the exit status is 0, otherwise 1.
+
+    Examples:
+        sonde verify runs/seed0
+        sonde verify runs/seed0 runs/seed1
+    """
+    from sonde.log.verify import verify_run
+
+    is_damaged = False
+    for run in runs:
+        with working(f"verifying {run}"):
+            damage = verify_run(run)
+        for item in damage:
+            typer.echo(f"{run}: {item}")
+        if not damage:
+            typer.echo(f"{run}: intact")
+        is_damaged = is_damaged or bool(damage)
+    if is_damaged:
+        sys.exit(1)
+
+
+def _check_existence(paths: list[Path]) -> None:
+    for path in paths:
+        if not path.exists():
+            raise RunNotFoundError(f"{path} does not exist; expected a folder of runs")
+
+
+def _tensorboard_line(folders: dict[str, Path], logdir: Path | None) -> str:
+    """Write the command that shows exported runs, with their names."""
+    parents = {folder.parent.parent for folder in folders.values()}
+    if logdir is None and len(folders) > 1 and len(parents) > 1:
+        spec = ",".join(f"{name.replace('/', '_')}:{folder}" for name, folder in folders.items())
+        return shlex.join(["tensorboard", "--logdir_spec", spec])
+    first = next(iter(folders.values()))
+    shown = logdir or (first if len(folders) == 1 else first.parent.parent)
+    return shlex.join(["tensorboard", "--logdir", str(shown)])
+
+
+for _function in (ls, show, cka, stiffness, boundary, tensorboard, seal, verify):
+    app.command(help=help_of(_function))(_function)

@@ -1,0 +1,51 @@
+"""The arguments and options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import working
+
+if TYPE_CHECKING:
+    from sonde.log import Run
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+RunPaths = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Run directories.", show_default=False)
+]
+Source = Annotated[
+    str | None,
+    typer.Option(help="Source of the examples, where a measure has several.", show_default=False),
+]
+FigurePath = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .pdf, .svg.", show_default=False)
+]
+CsvPath = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write it as CSV.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def open_all(paths: Sequence[Path]) -> dict[str, Run]:
+    """Open runs, each once, by their name, or by their path where names repeat."""
+    from sonde.log import open_run
+
+    with working("opening", total=len(paths)) as start:
+        opened = {}
+        for path in dict.fromkeys(paths):
+            start(str(path))
+            opened[path] = open_run(path)
+    names = [run.name for run in opened.values()]
+    is_unique = len(set(names)) == len(names)
+    return {run.name if is_unique else str(path): run for path, run in opened.items()}
+
+
+def use_no_window() -> None:
+    """Make matplotlib draw into files only, so that no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
