@@ -91,7 +91,9 @@ def train(path: Path, data: Data, targets: Tensor, *, seed: int, num_epochs: int
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     num_steps = num_epochs * (len(targets) // 64)
     probe = sonde.Probe(data.train_inputs[:NUM_PROBE], targets[:NUM_PROBE], name="train")
-    test = sonde.Probe(data.test_inputs, data.test_targets, name="test")
+    # Ids are positions in the whole data set, so that an example has one id everywhere.
+    test_ids = len(data.train_inputs) + torch.arange(NUM_TEST)
+    test = sonde.Probe(data.test_inputs, data.test_targets, test_ids, name="test")
     recorder = sonde.Recorder(
         path,
         model,
@@ -100,7 +102,13 @@ def train(path: Path, data: Data, targets: Tensor, *, seed: int, num_epochs: int
             sonde.ExampleGradients(probe, F.cross_entropy),
             sonde.Predictions(probe),
             sonde.Predictions(test),
-            sonde.DecisionPlanes(data.train_inputs, data.train_targets, triplets=60, resolution=30),
+            sonde.DecisionPlanes(
+                data.train_inputs,
+                data.train_targets,
+                triplets=60,
+                resolution=30,
+                when=sonde.log_spaced(num_steps, per_decade=2),
+            ),
             sonde.Scalars(),
         ],
         when=sonde.log_spaced(num_steps, per_decade=6),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -147,7 +148,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in modes:
             module.training = False
         random_states.seed()
-        with torch.autocast(device_of(model).type, enabled=False):
+        with torch.autocast(device_of(model).type, enabled=False), _eager():
             yield
     finally:
         random_states.restore()
@@ -158,6 +159,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if tensor._version != versions[tensor]:
                     # Through .data, as a graph of the user's may have saved this tensor.
                     tensor.data.copy_(copy)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled modules eagerly: a compiled graph has no hooks, and stays as it is."""
+    # Dynamo takes seconds to import, and where it is not imported nothing is compiled.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _changeable(model: nn.Module) -> list[Tensor]:

@@ -8,6 +8,7 @@ any training.
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shutil
 import sys
@@ -50,7 +51,8 @@ class Recorder:
         model: The model that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
         measures: What to record.
         when: The schedule of measures that have none; by default log-spaced, for ever.
-        config: Anything that describes the run, such as hyperparameters, as JSON values.
+        config: Anything that describes the run, such as hyperparameters; what is no JSON value is
+            written as its text.
         steps_per_epoch: The number of optimizer steps in an epoch, for schedules by epoch.
         overwrite: Delete a run that is already there.
         on_error: `warn`, or `raise` to debug a measure: then its exception ends the training.
@@ -355,7 +357,7 @@ class Recorder:
         return {
             "name": self.path.resolve().name,
             "created": _now(),
-            "config": dict(config or {}),
+            "config": json.loads(json.dumps(dict(config or {}), default=str)),
             "measures": [
                 {
                     "measure": measure.name,

@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -66,6 +66,40 @@ def test_training_is_bit_identical_with_and_without_a_recorder(
     run = sonde.open_run(tmp_path / "run")
     assert len(run.measures) == 5
     assert run.steps() == list(range(7))
+
+
+# Dynamo's own look at the input of an inner layer, with or without a recorder.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("form", ["whole", "in place", "inner layer"])
+def test_a_compiled_model_is_recorded_eagerly_and_not_compiled_again(
+    tmp_path: Path, images: Tensor, classes: Tensor, form: str
+) -> None:
+    num_graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    torch.manual_seed(0)
+    plain = ConvNet()
+    model: Any = plain
+    if form == "whole":
+        model = torch.compile(plain, backend=count)
+    elif form == "in place":
+        plain.compile(backend=count)
+    else:
+        plain[6] = cast(nn.Module, torch.compile(plain[6], backend=count))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    recorder = sonde.Recorder(
+        tmp_path / "run", model, everything(images, classes), when=sonde.every(2)
+    ).attach(optimizer)
+    train(model, optimizer, images, classes)
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert num_graphs == 1
+    assert run.layers == ["0", "1", "2", "3", "4", "5", "6"]
+    assert run.steps() == [0, 2, 4, 6]
 
 
 def test_step_zero_is_measured_before_the_first_step(
