@@ -55,7 +55,9 @@ class Activations(ProbeMeasure):
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the measure."""
-        return {"store": self.store.describe(), "features": "flattened"}
+        store = self.store.describe()
+        pool = store.get("pool")
+        return {"store": store, "features": f"{pool} over positions" if pool else "flattened"}
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""

@@ -104,6 +104,8 @@ def cka(
             "step": at,
             "other_step": other_at,
             "source": log.source,
+            "features": _features_of(log),
+            "other_features": _features_of(other_log),
             "num_examples": math.isqrt(stack.shape[1]),
         },
     )
@@ -169,6 +171,7 @@ def cka_over_steps(
             "run": run.name,
             "reference_step": at,
             "source": log.source,
+            "features": _features_of(log),
             "num_examples": math.isqrt(references.shape[1]),
         },
     )
@@ -295,6 +298,15 @@ def _align(
     messages = [f"CKA on the {len(common)} examples that {sides} share"] if partial else []
     order = np.argsort(rows)  # Keep the order of the first side.
     return rows[order], other_rows[order], messages
+
+
+def _features_of(log: MeasureLog) -> str:
+    """Say what was compared: flattened or pooled feature maps, and from which store."""
+    stores = sorted({field for _, field in log.streams})
+    for measure in log.run.info.get("measures", []):
+        if (measure.get("measure"), measure.get("source")) == (log.measure, log.source):
+            return f"{measure.get('features', 'as recorded')} ({', '.join(stores)})"
+    return f"as recorded ({', '.join(stores)})"
 
 
 def _estimator(unbiased: bool) -> str:

@@ -198,11 +198,31 @@ def stiffness(
         "run": run.name,
         "source": log.source,
         "by": by if isinstance(by, str) else "none" if by is None else "superclass",
-        "parameters": "all" if layer is None else layer,
+        **_coverage(run, log, layer),
         "layers": ", ".join(log.layers) if layer is None else layer,
         "num_examples": num_examples,
     }
     return result
+
+
+def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str]:
+    """Say which parameters the gradients are of, as far as the log says."""
+    kinds: dict[str, str] = {}
+    for note in run.notes:
+        if note["event"] == "coverage" and note.get("source") == log.source:
+            kinds = note["parameters"]
+    if layer is not None:
+        owned = f"{layer}." if layer else ""
+        kinds = {
+            name: kind
+            for name, kind in kinds.items()
+            if name.startswith(owned) and "." not in name.removeprefix(owned)
+        }
+    included = [name for name, kind in kinds.items() if kind == "exact"]
+    left_out = [f"{name} ({kind})" for name, kind in kinds.items() if kind != "exact"]
+    if not kinds:
+        return {"parameters": "not stated in the log", "parameters_left_out": ""}
+    return {"parameters": ", ".join(included), "parameters_left_out": ", ".join(left_out)}
 
 
 def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str) -> _Labels:

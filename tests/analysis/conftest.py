@@ -13,6 +13,7 @@ from sonde.log.layout import write_run_file
 
 Array = npt.NDArray[Any]
 GRAM_DIMS = ("example", "other_example")
+COVERAGE = {"conv.weight": "exact", "conv.bias": "frozen", "fc.weight": "exact"}
 
 
 def _write(
@@ -23,8 +24,11 @@ def _write(
     attributes: Mapping[str, Any] | None = None,
 ) -> Run:
     path.mkdir()
-    write_run_file(path, {})
+    described = {"measure": measure, "source": "probe", "features": "flattened"}
+    write_run_file(path, {"measures": [described]})
     writer = LogWriter(path, seal=False)
+    if measure == "example_gradients":
+        writer.note("coverage", 0, measure=measure, source="probe", parameters=COVERAGE)
     if table:
         writer.add_table("probe", table)
     for step, arrays in records.items():

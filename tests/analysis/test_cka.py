@@ -61,6 +61,8 @@ def test_attributes_say_what_was_compared(run: Run) -> None:
         "step": 0,
         "other_step": 100,
         "source": "probe",
+        "features": "flattened (gram)",
+        "other_features": "flattened (gram)",
         "num_examples": 8,
     }
 

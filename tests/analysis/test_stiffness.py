@@ -178,13 +178,18 @@ def test_one_layer_can_be_chosen(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "parameters", "layers"), [(None, "all", "conv, fc"), ("fc", "fc", "fc")]
+    ("layer", "included", "left_out"),
+    [
+        (None, "conv.weight, fc.weight", "conv.bias (frozen)"),
+        ("conv", "conv.weight", "conv.bias (frozen)"),
+        ("fc", "fc.weight", ""),
+    ],
 )
 def test_attributes_say_which_parameters_are_included(
-    run: Run, layer: str | None, parameters: str, layers: str
+    run: Run, layer: str | None, included: str, left_out: str
 ) -> None:
     attributes = stiffness(run, layer=layer).attrs
-    assert (attributes["parameters"], attributes["layers"]) == (parameters, layers)
+    assert (attributes["parameters"], attributes["parameters_left_out"]) == (included, left_out)
 
 
 def test_classes_can_be_grouped(run: Run) -> None:
