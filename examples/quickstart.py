@@ -11,6 +11,8 @@ Run `python examples/quickstart.py`; with `--data-dir` it learns MNIST from that
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -156,8 +158,8 @@ def main() -> None:
         report(runs, arguments.out, console)
     console.print(f"\n{time.perf_counter() - start:.0f} s in all. Look at it:")
     console.print(f"  figures       {arguments.out}/*.png")
-    console.print(f"  one run       sonde show {arguments.out}/seed0")
-    console.print(f"  TensorBoard   tensorboard --logdir {arguments.out}")
+    console.print(f"  one run       {program('sonde')} show {arguments.out}/seed0")
+    console.print(f"  TensorBoard   {program('tensorboard')} --logdir {arguments.out}")
 
 
 def report(runs: dict[str, sonde.Run], out: Path, console: Console) -> None:
@@ -210,6 +212,14 @@ def report(runs: dict[str, sonde.Run], out: Path, console: Console) -> None:
         figure.savefig(out / f"{name}.png", dpi=150)
     for run in runs.values():
         export(run)
+
+
+def program(name: str) -> str:
+    """Return how to call a program, also where this Python's folder is not on the path."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) is None and beside.exists():
+        return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+    return name
 
 
 def accuracy(run: sonde.Run, source: str) -> float:

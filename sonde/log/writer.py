@@ -333,7 +333,10 @@ class LogWriter:
                 if not self._queue:
                     break
                 pending = self._queue[0]
-            self._store(pending)
+            try:
+                self._store(pending)
+            except Exception as error:  # A dead appender would block every flush for ever.
+                self._drop(pending, f"{type(error).__name__}: {error}")
             with self._condition:
                 self._queue.popleft()
                 self._queued_bytes -= len(pending.index) + pending.payload.nbytes
@@ -368,6 +371,9 @@ class LogWriter:
             if self._journal.num_bytes >= self._segment_bytes and pending.kind == "record":
                 self._rotate()
             return
+        self._drop(pending, problem)
+
+    def _drop(self, pending: _Pending, problem: str) -> None:
         with self._condition:
             self._lost.add(pending.payload.nbytes, pending.step, problem)
             self._lost.needs_journal |= pending.kind == "table"
@@ -413,7 +419,7 @@ class LogWriter:
         full = self._journal
         self._journal = self._open_journal(full.next_sequence)
         full.close()
-        if self._sync != "none":
+        if self._sync == "record":
             self._force_to_disk()
         if self._sealing is not None:
             self._sealing.start(full.next_sequence)

@@ -16,6 +16,7 @@ import pytest
 
 from sonde.exceptions import InvalidInputError, RunExistsError
 from sonde.log import LogArray, LogWriter, open_run
+from sonde.log.journal import Journal
 from sonde.log.layout import is_being_written, lock_folder, unlock_folder
 
 from .conftest import assert_intact, frames_of, journal_of, journals_of
@@ -610,3 +611,19 @@ def test_unknown_name_of_the_package_is_refused() -> None:
 
     with pytest.raises(AttributeError, match=r"module 'sonde\.log' has no attribute 'LogReader'"):
         _ = sonde.log.LogReader
+
+
+def test_an_unexpected_failure_costs_one_record_and_no_hang(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogWriter(run_path, seal=False)
+    writer.flush()
+    with monkeypatch.context() as broken:
+        broken.setattr(Journal, "append", lambda *_: (_ for _ in ()).throw(ValueError("broken")))
+        assert writer.append("activations", "probe", 0, record_of(0))
+        assert writer.flush(30)
+    assert "ValueError: broken" in (writer.problem or "")
+    assert writer.append("activations", "probe", 1, record_of(1))
+    writer.close()
+    run = assert_intact(run_path, [1])
+    assert [note["num_records"] for note in run.notes if note["event"] == "gap"] == [1]
