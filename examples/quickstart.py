@@ -79,6 +79,7 @@ def make_model(side: int) -> nn.Module:
             pool=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
             fc1=nn.Linear(32 * (side // 2) ** 2, 64),
+            norm3=nn.BatchNorm1d(64),
             relu3=nn.ReLU(inplace=True),
             dropout=nn.Dropout(0.1),
             fc2=nn.Linear(64, 10),
