@@ -55,6 +55,7 @@ class _Captured:
     inputs: Tensor
     edge: GradientEdge | None
     shape: torch.Size
+    dtype: torch.dtype
     version: int
 
 
@@ -204,9 +205,15 @@ def _batch_calls(
     layers: Mapping[str, nn.Module],
 ) -> Iterator[tuple[str, list[Call] | _Unusable]]:
     captured: dict[str, list[_Captured | _Unusable]] = {name: [] for name in layers}
+    of_module = {module: captured[name] for name, module in layers.items()}
 
-    def on_call(name: str, _: nn.Module, first: Any, output: Any) -> None:
-        captured[name.partition("#")[0]].append(_capture(first, output))
+    def on_call(_: str, module: nn.Module, first: Any, output: Any) -> Tensor | None:
+        own = None
+        if isinstance(output, Tensor) and output.requires_grad and output._is_view():
+            # An in-place operation on a view would move it to another place in the graph.
+            own = output.clone()
+        of_module[module].append(_capture(first, output if own is None else own))
+        return own
 
     with tapped(layers, on_call):
         outputs = call(model, inputs)
@@ -228,7 +235,7 @@ def _capture(first: Any, output: Any) -> _Captured | _Unusable:
         return _Unusable("its input or output is not a tensor")
     # The edge, not the tensor: an in-place operation on the output does not move it.
     edge = get_gradient_edge(output) if output.requires_grad else None
-    return _Captured(first.detach(), edge, output.shape, first._version)
+    return _Captured(first.detach(), edge, output.shape, output.dtype, first._version)
 
 
 def _finish(
@@ -251,7 +258,7 @@ def _finish(
             problem = _Unusable("its input was changed in place after the call")
         elif delta is None:
             # No path from this output to the loss: the gradient is zero.
-            zeros = torch.zeros(item.shape, device=item.inputs.device)
+            zeros = torch.zeros(item.shape, dtype=item.dtype, device=item.inputs.device)
             calls.append(Call(item.inputs, zeros))
         else:
             calls.append(Call(item.inputs, delta))

@@ -11,8 +11,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-OnCall: TypeAlias = Callable[[str, nn.Module, Any, Any], None]
-"""Called with the name of the call, the module, its first input and its output."""
+OnCall: TypeAlias = Callable[[str, nn.Module, Any, Any], Any]
+"""Called with the name of the call, the module, its first input and its output.
+
+What it returns, unless it is None, replaces the output.
+"""
 
 
 @contextmanager
@@ -29,14 +32,14 @@ def tapped(modules: Mapping[str, nn.Module], on_call: OnCall) -> Iterator[None]:
     """
     num_calls: Counter[str] = Counter()
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def hook_for(name: str) -> Callable[..., Any]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
+        ) -> Any:
             call = num_calls[name]
             num_calls[name] += 1
             first = args[0] if args else next(iter(kwargs.values()), None)
-            on_call(f"{name}#{call}" if call else name, module, first, output)
+            return on_call(f"{name}#{call}" if call else name, module, first, output)
 
         return hook
 

@@ -81,6 +81,7 @@ class _Passes:
         self._counts: dict[str, int] = {}
         self._shapes: dict[str, list[int]] = {}
         self._missing: dict[str, str] = {}
+        self._called: set[nn.Module] = set()
         self._done = 0
         self._batch = 0
 
@@ -89,8 +90,9 @@ class _Passes:
         self._done += self._batch
         self._batch = min(batch_size, self._num_examples - self._done)
 
-    def on_call(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+    def on_call(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         """Take one output of a layer."""
+        self._called.add(module)
         leaves = tensor_leaves(output)
         if not leaves:
             self._missing[name] = f"its output ({type(output).__name__}) holds no tensor"
@@ -109,9 +111,8 @@ class _Passes:
                 )
                 continue
             arrays.append(accumulator.result(name))
-        seen = {name.partition("#")[0].partition("[")[0] for name in self._counts}
-        for name in selected:
-            if name not in seen and name not in self._missing:
+        for name, module in selected.items():
+            if module not in self._called:
                 self._missing[name] = "it was never called in the forward pass"
         shapes = {array.layer: self._shapes[array.layer] for array in arrays if array.layer}
         return Recording(

@@ -280,8 +280,9 @@ def fragmentation(
 
 
 def _num_components(mask: npt.NDArray[np.bool_], structure: npt.NDArray[Any]) -> int:
-    components = np.empty(mask.shape, dtype=np.int32)
-    return int(ndimage.label(mask, structure, output=components))
+    # Any: the stubs of some versions do not tell that with `output` only the count is returned.
+    count: Any = ndimage.label(mask, structure, output=np.empty(mask.shape, dtype=np.int32))
+    return int(count)
 
 
 def _check_pair(labels_a: Labels, labels_b: Labels) -> None:

@@ -76,7 +76,7 @@ def test_bootstrap_interval_covers_as_the_normal_one_does() -> None:
 
 
 def test_bootstrap_interval_repeats_with_its_seed() -> None:
-    values = np.arange(10.0)
+    values = np.arange(10, dtype=np.float64)
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
 
 

@@ -24,7 +24,8 @@ mpl.use("Agg")
 def _image(axes: Axes) -> npt.NDArray[Any]:
     values = axes.images[0].get_array()
     assert values is not None
-    return np.ma.filled(values, np.nan)
+    filled: npt.NDArray[Any] = np.ma.filled(values, np.nan)
+    return filled
 
 
 def _texts(axes: Axes) -> list[str]:

@@ -62,7 +62,7 @@ def test_class_matrices_equal_a_loop_over_pairs(
 
 
 def test_overall_is_the_mean_over_pairs_of_different_examples() -> None:
-    pairs = np.arange(16.0).reshape(4, 4)
+    pairs = np.arange(16, dtype=np.float64).reshape(4, 4)
     assert summarize(pairs, np.zeros(4)).overall == np.mean(pairs[~np.eye(4, dtype=bool)])
 
 

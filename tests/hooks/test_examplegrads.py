@@ -175,6 +175,27 @@ def test_in_place_relu_after_a_norm_matches_the_loop(
     check(conv_net, images, classes)
 
 
+def test_in_place_operation_on_an_output_that_is_a_view_matches_the_loop() -> None:
+    # Some versions of PyTorch give a view from a linear layer of a sequence.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    model[0].register_forward_hook(lambda module, inputs, output: output.view(output.shape))
+    check(model, torch.randn(6, 4), classes_of(6), batch_size=4)
+
+
+def test_a_layer_that_does_not_reach_the_loss_has_no_gradient() -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.aside = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aside(x)
+            return torch.as_tensor(self.used(x))
+
+    check(Aside(), torch.randn(6, 4), classes_of(6))
+
+
 @pytest.mark.parametrize("form", ["_formed_gram", "_factored_gram"])
 def test_both_forms_of_a_sum_of_outer_products_agree(form: str) -> None:
     generator = torch.Generator().manual_seed(0)

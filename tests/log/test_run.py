@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from sonde.exceptions import (
@@ -37,11 +38,11 @@ STEPS = [0, 10, 20, 30]
 IDS = np.array([7, 5, 9])
 
 
-def gram_of(step: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def gram_of(step: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(step).normal(size=(3, 3)).astype(np.float32)
 
 
-def features_of(step: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def features_of(step: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(step + 1).normal(size=(3, 4)).astype(np.float32)
 
 
