@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map
 
 from sonde.exceptions import InvalidInputError
 
@@ -24,7 +23,7 @@ from .factors import Dense, Factor
 from .gradient_rules import Call, UnsupportedError, rule_for
 from .probes import Inputs, Probe, call, device_of, undisturbed
 from .select import layers_of
-from .taps import tapped
+from .taps import map_tensors, tapped, tensor_leaves
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """The loss of a batch: (outputs, targets) to a scalar, such as `F.cross_entropy`."""
@@ -33,6 +32,15 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 _TIED_BYTES = 1 << 30
 
 EXACT = "exact"
+
+# How many examples are run alone to check the kernels, and how far those may be off, relative to
+# the norms of the two gradients: rounding differs between a batch and an example alone.
+_NUM_CHECKED = 2
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
+_HALF_TOLERANCE = 0.2
+# Gradients that are zero but for rounding, such as those of a key's bias, are compared with the
+# squared norm over all parameters, times this.
+_ROUNDING = 1e-6
 
 
 @dataclass
@@ -64,36 +72,123 @@ class _Unusable(str):
 
 
 def example_gradient_grams(
-    model: nn.Module, loss: Loss, probe: Probe, layers: Mapping[str, nn.Module] | None = None
+    model: nn.Module,
+    loss: Loss,
+    probe: Probe,
+    layers: Mapping[str, nn.Module] | None = None,
+    *,
+    verdicts: dict[str, str] | None = None,
 ) -> ExampleGradientGrams:
     """Compute the Gram matrix of per-example gradients of every layer.
+
+    A rule sees what a layer's call saw, and cannot know what else happened: an axis that only looks
+    like the batch, a weight also used by a function, examples that a normalization couples. So each
+    parameter has to agree, once, with the gradients of two examples that are run alone; if it does
+    not, it is left out and named.
 
     Args:
         model: The model; it is left as it was.
         loss: (outputs, targets) of a batch to a scalar. It is applied to one example at a time, so
-            mean and sum over the batch give the same.
+            mean and sum over the batch give the same, and class weights that a mean divides out
+            have no effect.
         probe: The examples, with targets.
         layers: Only parameters of these layers; None takes all.
+        verdicts: What earlier calls found for this model, by parameter; it is added to, and what
+            stands in it is not checked again.
 
     Returns:
         The matrices by layer, and what is covered.
 
     Raises:
-        InvalidInputError: If the loss is no scalar.
+        InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
     """
+    known = {} if verdicts is None else verdicts
     every_layer = layers_of(model)
-    owners = _owners(every_layer if layers is None else layers)
+    owners = _owners(every_layer, every_layer if layers is None else layers)
+    with undisturbed(model):
+        result, samples = _grams(model, loss, probe, every_layer, owners, known)
+        unchecked = [name for name, kind in result.coverage.items() if kind == EXACT]
+        unchecked = [name for name in unchecked if name not in known]
+        if unchecked:
+            known.update(_verdicts(model, loss, probe, owners, samples))
+            if any(known[name] != EXACT for name in unchecked):
+                result, _ = _grams(model, loss, probe, every_layer, owners, known)
+    return result
+
+
+def _grams(
+    model: nn.Module,
+    loss: Loss,
+    probe: Probe,
+    modules: Mapping[str, nn.Module],
+    owners: _Owners,
+    known: Mapping[str, str],
+) -> tuple[ExampleGradientGrams, _Samples]:
     result = ExampleGradientGrams()
     for parameter in owners.parameters:
-        names = [f"{layer}.{name}".lstrip(".") for layer, name in parameter.places]
         if not parameter.tensor.requires_grad:
-            result.coverage.update(dict.fromkeys(names, "frozen"))
-    with undisturbed(model):
-        calls = _calls(model, loss, probe, {name: every_layer[name] for name in owners.layers})
-        with torch.no_grad():
-            for group in owners.groups():
-                _add_group(result, group, every_layer, calls)
-    return result
+            result.coverage.update(dict.fromkeys(parameter.names, "frozen"))
+    calls, losses = _calls(model, loss, probe, {name: modules[name] for name in owners.layers})
+    # Gradients are largest, and rounding matters least, where the loss is.
+    largest = losses.nan_to_num().topk(min(_NUM_CHECKED, len(losses))).indices.tolist()
+    samples = _Samples(largest)
+    with torch.no_grad():
+        for group in owners.groups():
+            _add_group(result, group, modules, calls, known, samples)
+    return result, samples
+
+
+@dataclass
+class _Samples:
+    """Entries of each parameter's Gram matrix, to hold against gradients of examples alone."""
+
+    rows: list[int]
+    grams: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _verdicts(
+    model: nn.Module, loss: Loss, probe: Probe, owners: _Owners, samples: _Samples
+) -> dict[str, str]:
+    """Compare each parameter's kernel with the gradients of a few examples, each run alone."""
+    checked = [p for p in owners.parameters if p.names[0] in samples.grams]
+    try:
+        alone = [_gradients_alone(model, loss, probe, row, checked) for row in samples.rows]
+    except Exception as error:  # Whatever a model does to a batch of one, it is the reason.
+        reason = f"unsupported: one example alone fails: {type(error).__name__}: {error}"
+        return {name: reason for parameter in checked for name in parameter.names}
+    expected = {
+        parameter.names[0]: torch.stack([gradients[at] for gradients in alone])
+        for at, parameter in enumerate(checked)
+    }
+    total = sum(float((g.double() ** 2).sum()) for g in expected.values())
+    verdicts = {}
+    for parameter in checked:
+        gradients = expected[parameter.names[0]].double()
+        exact, actual = gradients @ gradients.T, samples.grams[parameter.names[0]].cpu()
+        norms = exact.diagonal().clamp(min=0).sqrt()
+        tolerance = _TOLERANCES.get(parameter.tensor.dtype, _HALF_TOLERANCE)
+        allowed = tolerance * norms[:, None] * norms + _ROUNDING * tolerance * total
+        agrees = (actual - exact).abs() <= allowed
+        # Where the loss itself has diverged, both are no numbers, and nothing can be compared.
+        is_exact = bool((agrees | ~exact.isfinite()).all())
+        verdict = EXACT if is_exact else "unsupported: the gradient of one example alone differs"
+        verdicts.update(dict.fromkeys(parameter.names, verdict))
+    return verdicts
+
+
+def _gradients_alone(
+    model: nn.Module, loss: Loss, probe: Probe, row: int, parameters: Sequence[_Parameter]
+) -> list[Tensor]:
+    """Return the gradients of one example, run in a batch of its own, flattened, on the CPU."""
+    with torch.enable_grad():
+        inputs, targets = probe.rows(slice(row, row + 1), device_of(model))
+        value = loss(call(model, inputs), targets)
+        tensors = [parameter.tensor for parameter in parameters]
+        gradients = torch.autograd.grad(value.sum(), tensors, allow_unused=True)
+    return [
+        (torch.zeros_like(t) if g is None else g).detach().to_dense().flatten().cpu()
+        for g, t in zip(gradients, tensors, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,6 +197,11 @@ class _Parameter:
 
     tensor: nn.Parameter
     places: list[tuple[str, str]]
+
+    @property
+    def names(self) -> list[str]:
+        """Its name at each place."""
+        return [f"{layer}.{name}" if layer else name for layer, name in self.places]
 
 
 class _Owners:
@@ -121,15 +221,16 @@ class _Owners:
         return list(by_layer.values())
 
 
-def _owners(layers: Mapping[str, nn.Module]) -> _Owners:
+def _owners(every_layer: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]) -> _Owners:
+    """Find the parameters of the selected layers, with all places that use them."""
     found: dict[nn.Parameter, _Parameter] = {}
-    for layer, module in layers.items():
+    for layer, module in every_layer.items():
         # Not named_parameters, which lists a tied parameter once.
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 parameter = found.setdefault(tensor, _Parameter(tensor, []))
                 parameter.places.append((layer, name))
-    return _Owners(list(found.values()))
+    return _Owners([p for p in found.values() if any(layer in selected for layer, _ in p.places)])
 
 
 def _add_group(
@@ -137,21 +238,27 @@ def _add_group(
     group: Sequence[_Parameter],
     modules: Mapping[str, nn.Module],
     calls: Mapping[str, list[Call] | _Unusable],
+    known: Mapping[str, str],
+    samples: _Samples,
 ) -> None:
     """Add the Gram matrix of one layer's parameters, and their coverage."""
     factors: dict[str, dict[str, Factor]] = {}
     for parameter in group:
-        names = [f"{layer}.{name}".lstrip(".") for layer, name in parameter.places]
+        verdict = known.get(parameter.names[0], EXACT)
         try:
             for layer, _ in parameter.places:
                 if layer not in factors:
                     factors[layer] = _factors(modules[layer], calls[layer])
-            gram = _parameter_factor(parameter, factors).gram()
+            factor = _parameter_factor(parameter, factors)
         except UnsupportedError as reason:
-            result.coverage.update(dict.fromkeys(names, f"unsupported: {reason}"))
+            verdict = f"unsupported: {reason}"
+        if verdict != EXACT:
+            result.coverage.update(dict.fromkeys(parameter.names, verdict))
             continue
+        gram = factor.gram()
         layer = parameter.places[0][0]
-        result.coverage.update(dict.fromkeys(names, EXACT))
+        samples.grams[parameter.names[0]] = gram[samples.rows][:, samples.rows]
+        result.coverage.update(dict.fromkeys(parameter.names, EXACT))
         result.layers[layer] = result.layers[layer] + gram if layer in result.layers else gram
 
 
@@ -186,15 +293,18 @@ def _factors(module: nn.Module, calls: list[Call] | _Unusable) -> dict[str, Fact
 
 def _calls(
     model: nn.Module, loss: Loss, probe: Probe, layers: Mapping[str, nn.Module]
-) -> dict[str, list[Call] | _Unusable]:
-    """Run the examples forward and back; return each layer's calls over all examples."""
+) -> tuple[dict[str, list[Call] | _Unusable], Tensor]:
+    """Run the examples forward and back; return each layer's calls, and each example's loss."""
     batches: dict[str, list[list[Call] | _Unusable]] = {name: [] for name in layers}
+    losses: list[Tensor] = []
     tapped_layers = {name: m for name, m in layers.items() if rule_for(m) is not None}
     with torch.enable_grad():
         for inputs, targets in probe.batches(device_of(model)):
-            for name, calls in _batch_calls(model, loss, inputs, targets, tapped_layers):
-                batches[name].append(calls)
-    return {name: _joined(parts) for name, parts in batches.items()}
+            calls, values = _batch_calls(model, loss, inputs, targets, tapped_layers)
+            losses.append(values)
+            for name, part in calls.items():
+                batches[name].append(part)
+    return {name: _joined(parts) for name, parts in batches.items()}, torch.cat(losses)
 
 
 def _batch_calls(
@@ -203,7 +313,7 @@ def _batch_calls(
     inputs: Inputs,
     targets: Tensor | None,
     layers: Mapping[str, nn.Module],
-) -> Iterator[tuple[str, list[Call] | _Unusable]]:
+) -> tuple[dict[str, list[Call] | _Unusable], Tensor]:
     captured: dict[str, list[_Captured | _Unusable]] = {name: [] for name in layers}
     of_module = {module: captured[name] for name, module in layers.items()}
 
@@ -215,9 +325,9 @@ def _batch_calls(
         of_module[module].append(_capture(first, output if own is None else own))
         return own
 
-    with tapped(layers, on_call):
+    with tapped(layers, on_call, first=True):
         outputs = call(model, inputs)
-    total, num_examples = summed_loss(loss, outputs, targets)
+    losses = example_losses(loss, outputs, targets)
     edges = [
         item.edge
         for items in captured.values()
@@ -225,9 +335,9 @@ def _batch_calls(
         if isinstance(item, _Captured) and item.edge is not None
     ]
     # Only these gradients are computed; no parameter's own, and no `.grad` is touched.
-    deltas = iter(torch.autograd.grad(total, edges, allow_unused=True) if edges else ())
-    for name, items in captured.items():
-        yield name, _finish(items, deltas, num_examples)
+    deltas = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if edges else ())
+    calls = {name: _finish(items, deltas, len(losses)) for name, items in captured.items()}
+    return calls, losses.detach()
 
 
 def _capture(first: Any, output: Any) -> _Captured | _Unusable:
@@ -256,12 +366,14 @@ def _finish(
             )
         elif item.inputs._version != item.version:
             problem = _Unusable("its input was changed in place after the call")
+        elif item.edge is None:
+            problem = _Unusable("it ran without gradients: under no_grad, or reentrant checkpoints")
         elif delta is None:
             # No path from this output to the loss: the gradient is zero.
             zeros = torch.zeros(item.shape, dtype=item.dtype, device=item.inputs.device)
-            calls.append(Call(item.inputs, zeros))
+            calls.append(Call(_widened(item.inputs), _widened(zeros)))
         else:
-            calls.append(Call(item.inputs, delta))
+            calls.append(Call(_widened(item.inputs), _widened(delta)))
     return problem if problem is not None else calls
 
 
@@ -283,48 +395,52 @@ def _joined(batches: Sequence[list[Call] | _Unusable]) -> list[Call] | _Unusable
     ]
 
 
-def summed_loss(loss: Loss, outputs: Any, targets: Tensor | None) -> tuple[Tensor, int]:
-    """Return the sum over examples of the loss of each example alone, and their number.
+def _widened(values: Tensor) -> Tensor:
+    """Bring half precision to float32, as inner products need it."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
+    """Return the loss of each example alone, [examples].
 
     The loss sees batches of one example, so its reduction over a batch does not matter.
 
     Raises:
-        InvalidInputError: If the loss is no scalar.
+        InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
     """
-    num_examples = len(targets) if targets is not None else _num_rows(outputs)
-
-    def alone(output: Any, target: Any) -> Tensor:
-        value = loss(
-            tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, output),
-            None if target is None else target[None],
+    leaves = [leaf for _, leaf in tensor_leaves(outputs)]
+    if not leaves:
+        raise InvalidInputError("the model returned no tensor, so there is nothing to measure")
+    num_examples = len(targets) if targets is not None else len(leaves[0])
+    # What has no row per example, such as the state of a recurrent layer, is given as it is.
+    has_rows = [leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves]
+    if not any(has_rows):
+        shapes = [list(leaf.shape) for leaf in leaves]
+        raise InvalidInputError(
+            f"the model's outputs {shapes} have no row for each of the {num_examples} examples"
         )
+
+    def alone(target: Tensor | None, *rows: Tensor) -> Tensor:
+        given = iter([x[None] if has else x for x, has in zip(rows, has_rows, strict=True)])
+        output = map_tensors(outputs, lambda _: next(given))
+        value = loss(output, None if target is None else target[None])
         if not isinstance(value, Tensor) or value.numel() != 1:
-            given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(
-                f"`loss` of one example gave {given}; expected a scalar tensor, as "
+                f"`loss` of one example gave {shape}; expected a scalar tensor, as "
                 "F.cross_entropy(outputs, targets) gives"
             )
         return value.reshape(())
 
-    in_dims = (0, None if targets is None else 0)
+    in_dims = (None if targets is None else 0, *(0 if has else None for has in has_rows))
     try:
-        return torch.vmap(alone, in_dims)(outputs, targets).sum(), num_examples
+        losses: Tensor = torch.vmap(alone, in_dims)(targets, *leaves)
+        return losses
     except InvalidInputError:
         raise
     except Exception:  # Whatever vmap cannot transform in a user's loss, a loop can evaluate.
-        values = [
-            alone(
-                tree_map(lambda x, at=row: x[at] if isinstance(x, Tensor) else x, outputs),
-                None if targets is None else targets[row],
-            )
-            for row in range(num_examples)
-        ]
-        return torch.stack(values).sum(), num_examples
-
-
-def _num_rows(outputs: Any) -> int:
-    sizes: list[int] = []
-    tree_map(lambda x: sizes.append(len(x)) if isinstance(x, Tensor) else None, outputs)
-    if not sizes:
-        raise InvalidInputError("the model returned no tensor, so there is nothing to measure")
-    return sizes[0]
+        values = []
+        for row in range(num_examples):
+            rows = [x[row] if has else x for x, has in zip(leaves, has_rows, strict=True)]
+            values.append(alone(None if targets is None else targets[row], *rows))
+        return torch.stack(values)

@@ -39,6 +39,8 @@ Rule: TypeAlias = Callable[[Any, Sequence[Call]], dict[str, Factor]]
 
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule for a module, or None."""
+    if "forward" in vars(module):
+        return None  # Someone replaced it on this instance.
     forward = type(module).forward
     return next((rule for kind, rule in _RULES.items() if forward is kind.forward), None)
 
@@ -130,7 +132,10 @@ def _batch_norm(module: nn.BatchNorm2d, calls: Sequence[Call]) -> dict[str, Fact
     mean, variance = module.running_mean, module.running_var
     if module.training or mean is None or variance is None:
         raise UnsupportedError("batch statistics make a gradient depend on the other examples")
-    normalized = [F.batch_norm(call.inputs, mean, variance, eps=module.eps) for call in calls]
+    normalized = [
+        F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=module.eps)
+        for x in (call.inputs for call in calls)
+    ]
     return _scale_over_channels(calls, normalized)
 
 

@@ -64,7 +64,7 @@ class Probe:
         self.batch_size = 256 if batch_size is None else batch_size
         self.inputs = _as_inputs(inputs)
         self.num_examples = _common_length(self.inputs)
-        self.targets = None if targets is None else torch.as_tensor(targets).detach()
+        self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
         if self.batch_size < 1:
             raise InvalidInputError(f"`batch_size` (={batch_size}) must be >= 1")
@@ -77,8 +77,15 @@ class Probe:
         """Yield (inputs, targets) in order, `batch_size` examples at a time, on a device."""
         for start in range(0, self.num_examples, self.batch_size):
             rows = slice(start, start + self.batch_size)
-            targets = None if self.targets is None else self.targets[rows].to(device)
-            yield _map_inputs(self.inputs, lambda x, at=rows: x[at].to(device)), targets
+            yield self.rows(rows, device)
+
+    def rows(self, rows: slice, device: torch.device) -> tuple[Inputs, Tensor | None]:
+        """Return (inputs, targets) of some examples, copied to a device.
+
+        A model may work in place on its input, so it never gets the probe's own tensors.
+        """
+        targets = None if self.targets is None else self.targets[rows].to(device, copy=True)
+        return _map_inputs(self.inputs, lambda x: x[rows].to(device, copy=True)), targets
 
     def table(self) -> list[LogArray]:
         """Return the ids and targets, as they stand in the log."""
@@ -139,6 +146,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: The model; no forward pass of it may be under way.
     """
     modes = {module: module.training for module in model.modules()}
+    slots = {module: dict(module._buffers) for module in modes}
     # Not only buffers: an embedding with max_norm rescales its weight in the forward pass.
     kept = {tensor: tensor.detach().clone() for tensor in _changeable(model)}
     versions = {tensor: tensor._version for tensor in kept}
@@ -148,12 +156,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in modes:
             module.training = False
         random_states.seed()
-        with torch.autocast(device_of(model).type, enabled=False), _eager():
+        with torch.autocast(device_of(model).type, enabled=False), _eager(), _layer_by_layer():
             yield
     finally:
         random_states.restore()
         for module, mode in modes.items():
             module.training = mode
+            # A module may bind a new tensor to a buffer's name, instead of changing it.
+            module._buffers.update(slots[module])
         with torch.no_grad():
             for tensor, copy in kept.items():
                 if tensor._version != versions[tensor]:
@@ -168,6 +178,17 @@ def _eager() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Let transformer layers call their parts, which their fused path in eval mode does not."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def _changeable(model: nn.Module) -> list[Tensor]:
@@ -243,10 +264,15 @@ def _read_dataset(source: Dataset[Any] | DataLoader[Any]) -> _ReadDataset:
 
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
-        return {str(name): torch.as_tensor(value).detach() for name, value in inputs.items()}
+        return {str(name): _own(value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(torch.as_tensor(value).detach() for value in inputs)
-    return torch.as_tensor(inputs).detach()
+        return tuple(_own(value) for value in inputs)
+    return _own(inputs)
+
+
+def _own(value: Any) -> Tensor:
+    # A copy, as a probe is fixed, whatever becomes of the tensors it was made of.
+    return torch.as_tensor(value).detach().clone()
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,9 @@ What it returns, unless it is None, replaces the output.
 
 
 @contextmanager
-def tapped(modules: Mapping[str, nn.Module], on_call: OnCall) -> Iterator[None]:
+def tapped(
+    modules: Mapping[str, nn.Module], on_call: OnCall, *, first: bool = False
+) -> Iterator[None]:
     """Call `on_call` after every call of the given modules; the hooks are gone on exit.
 
     The first call of a module within the context is named like the module, later ones `name#1`,
@@ -29,6 +32,7 @@ def tapped(modules: Mapping[str, nn.Module], on_call: OnCall) -> Iterator[None]:
         modules: The modules to tap, by name.
         on_call: What to do with a call. It must not keep tensors that a later in-place operation
             may change, unless it copies them.
+        first: Come before the hooks that are there already, which may change the output.
     """
     num_calls: Counter[str] = Counter()
 
@@ -38,13 +42,13 @@ def tapped(modules: Mapping[str, nn.Module], on_call: OnCall) -> Iterator[None]:
         ) -> Any:
             call = num_calls[name]
             num_calls[name] += 1
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            return on_call(f"{name}#{call}" if call else name, module, first, output)
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            return on_call(f"{name}#{call}" if call else name, module, given, output)
 
         return hook
 
     handles = [
-        module.register_forward_hook(hook_for(name), with_kwargs=True)
+        module.register_forward_hook(hook_for(name), with_kwargs=True, prepend=first)
         for name, module in modules.items()
     ]
     try:
@@ -66,6 +70,26 @@ def tensor_leaves(output: Any) -> list[tuple[str, Tensor]]:
     if len(leaves) == 1:
         return [("", leaves[0][1])]
     return leaves
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Rebuild an output with each of its tensors replaced, however they are nested."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        rebuilt: Any = copy.copy(value)
+        for key, item in value.items():
+            rebuilt[key] = map_tensors(item, function)
+        return rebuilt
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        changed = {name: map_tensors(getattr(value, name), function) for name in fields}
+        return dataclasses.replace(value, **changed)
+    return value
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Activations(ProbeMeasure):
         super().__init__(probe, when=when)
         self.layers = layers
         self.store = Gram() if store is None else store
+        self._batched: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module) -> None:
         """Refuse selectors that take no layer.
@@ -62,19 +64,41 @@ class Activations(ProbeMeasure):
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""
         selected = select_layers(subject.model, self.layers)
-        passes = _Passes(self.store, self.probe.num_examples)
         with undisturbed(subject.model), torch.no_grad():
+            if subject.model not in self._batched:
+                self._batched[subject.model] = self._find_batched(subject.model, selected)
+            passes = _Passes(self.store, self.probe.num_examples, self._batched[subject.model])
             for inputs, _ in self.probe.batches(device_of(subject.model)):
                 passes.start_batch(min(self.probe.batch_size, self.probe.num_examples))
                 with tapped(selected, passes.on_call):
                     call(subject.model, inputs)
         return passes.recording(selected)
 
+    def _find_batched(self, model: nn.Module, selected: dict[str, nn.Module]) -> set[str]:
+        """Return the outputs whose axis 0 is the batch: that has as many rows as a small batch.
+
+        In a full batch another axis may have the same size by chance, such as the time steps.
+        """
+        full = min(self.probe.batch_size, self.probe.num_examples)
+        num_rows = 2 if full > 2 else 1
+        batched: set[str] = set()
+
+        def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
+            for suffix, tensor in tensor_leaves(output):
+                if not tensor.is_nested and tensor.ndim and len(tensor) == num_rows:
+                    batched.add(f"{name}{suffix}")
+
+        inputs, _ = self.probe.rows(slice(0, num_rows), device_of(model))
+        with tapped(selected, on_call):
+            call(model, inputs)
+        return batched
+
 
 class _Passes:
     """Collects the outputs of layers over the batches of a probe."""
 
-    def __init__(self, store: Store, num_examples: int) -> None:
+    def __init__(self, store: Store, num_examples: int, batched: set[str]) -> None:
+        self._batched = batched
         self._store = store
         self._num_examples = num_examples
         self._accumulators: dict[str, Accumulator] = {}
@@ -122,7 +146,10 @@ class _Passes:
     def _add(self, name: str, tensor: Tensor) -> None:
         if name in self._missing:
             return
-        if tensor.ndim == 0 or len(tensor) != self._batch:
+        if tensor.is_nested:
+            self._missing[name] = "its output is a nested tensor"
+            return
+        if tensor.ndim == 0 or len(tensor) != self._batch or name not in self._batched:
             self._missing[name] = (
                 f"axis 0 of its output {list(tensor.shape)} is not the batch of {self._batch}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -58,6 +59,8 @@ class ExampleGradients(ProbeMeasure):
             raise InvalidInputError(
                 "the probe of ExampleGradients has no targets; give Probe(inputs, targets)"
             )
+        # What was found for a model is not checked again at its next record.
+        self._verdicts: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
         self.loss = loss
         self.layers = layers
         self.per_layer = per_layer
@@ -94,7 +97,10 @@ class ExampleGradients(ProbeMeasure):
             InvalidInputError: If no parameter is covered.
         """
         layers = None if self.layers is None else select_layers(subject.model, self.layers)
-        grams = example_gradient_grams(subject.model, self.loss, self.probe, layers)
+        verdicts = self._verdicts.setdefault(subject.model, {})
+        grams = example_gradient_grams(
+            subject.model, self.loss, self.probe, layers, verdicts=verdicts
+        )
         missing = {
             name: coverage.removeprefix("unsupported: ")
             for name, coverage in grams.coverage.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, example_gradient_grams
@@ -301,7 +303,8 @@ class Odd(nn.Module):
         self.out = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x * self.scale)
+        self.norm(torch.stack([x, -x], 2))
+        x = x * self.scale
         x = self.turned(x.T.contiguous().T[:, None].transpose(0, 1)).squeeze(0)
         x = x + self.frequency(torch.zeros(len(x), dtype=torch.int64))
         return torch.as_tensor(self.out(x))
@@ -321,6 +324,156 @@ def test_every_parameter_is_covered_or_has_a_reason() -> None:
         name: f"unsupported: {reason}" for name, reason in reasons.items()
     }
     assert coverage["out.weight"] == "exact"
+
+
+class TimeFirst(nn.Module):
+    """Layers that see (time, batch); with as many steps as examples the sizes tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.out(self.mix(x.transpose(0, 1)).cumsum(0)[-1]))
+
+
+class TiedByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.embedding(tokens), self.embedding.weight).mean(1)[:, :3]
+
+
+class Sorting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return torch.as_tensor(self.out(self.mix(x[order])[order.argsort()]))
+
+
+class Coupled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 3, 2)
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.norm(self.conv(x[:, None])).square().sum(2))
+
+
+class CalledTwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.out(self.mix.forward(self.mix(x).tanh())))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.mix, x.requires_grad_(), use_reentrant=True)
+        return torch.as_tensor(self.out(hidden))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (TimeFirst(), "mix.weight"),
+        (TiedByFunction(), "embedding.weight"),
+        (Sorting(), "mix.weight"),
+        (Coupled(), "conv.weight"),
+        (CalledTwoWays(), "mix.weight"),
+        (Checkpointed(), "mix.weight"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_a_call_does_not_explain_is_never_marked_exact(model: nn.Module, name: str) -> None:
+    torch.manual_seed(1)
+    inputs = torch.randint(0, 7, (5, 4)) if isinstance(model, TiedByFunction) else torch.randn(5, 4)
+    if isinstance(model, TimeFirst):
+        inputs = torch.randn(5, 5, 4)
+    probe = Probe(inputs, classes_of(5))
+    grams = example_gradient_grams(model, F.cross_entropy, probe)
+    reason = "reentrant checkpoints" if isinstance(model, Checkpointed) else "alone differs"
+    assert reason in grams.coverage[name]
+    exact = [n for n, kind in grams.coverage.items() if kind == "exact"]
+    others = [n for n, _ in model.named_parameters() if n not in exact]
+    for other in others:
+        model.get_parameter(other).requires_grad_(False)
+    if exact:
+        summed = torch.stack(list(grams.layers.values())).sum(0)
+        expected = loop_gram(model, F.cross_entropy, inputs, classes_of(5))
+        torch.testing.assert_close(summed, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_selection_keeps_all_places_of_a_tied_weight() -> None:
+    torch.manual_seed(0)
+    model, tokens = Reused().double(), torch.randint(0, 9, (6, 5))
+    probe = Probe(tokens, tokens.roll(-1, 1))
+    chosen = example_gradient_grams(model, token_loss, probe, {"out": model.out})
+    whole = example_gradient_grams(model, token_loss, probe)
+    assert list(chosen.layers) == ["embedding"]
+    torch.testing.assert_close(chosen.layers["embedding"], whole.layers["embedding"])
+
+
+def test_half_precision_kernels_are_formed_in_float32() -> None:
+    torch.manual_seed(0)
+    inputs, model = torch.randn(8, 6, 64), nn.Sequential(nn.Linear(64, 32), head(0))
+    materialized(model, inputs)
+    halved = model.bfloat16()
+    actual = total(halved, F.cross_entropy, Probe(inputs.bfloat16(), classes_of(8)))
+    expected = loop_gram(
+        halved.double(), F.cross_entropy, inputs.bfloat16().double(), classes_of(8)
+    )
+    norms = expected.diagonal().sqrt()
+    # What is left is the rounding of the forward and backward pass themselves, 2^-8 an operation.
+    assert float(((actual - expected).abs() / (norms[:, None] * norms)).max()) < 0.03
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    state: tuple[Tensor, Tensor]
+    scale: Tensor
+
+
+class WithState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        state = (torch.zeros(1, len(x), 2), torch.zeros(1, len(x), 2))
+        return Output(self.out(x), state, torch.ones(()))
+
+
+@pytest.mark.parametrize("is_loopy", [False, True])
+def test_nested_outputs_are_taken_apart_by_example(is_loopy: bool) -> None:
+    def loss(output: Output, targets: Tensor) -> Tensor:
+        scale = float(output.scale) if is_loopy else output.scale
+        return scale * F.cross_entropy(output.logits, targets)
+
+    torch.manual_seed(0)
+    check(WithState(), torch.randn(6, 4), classes_of(6), loss)
+
+
+def test_outputs_without_a_row_per_example_are_refused() -> None:
+    probe = Probe(torch.randn(6, 4), classes_of(6))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))
+    with pytest.raises(
+        InvalidInputError, match=r"outputs \[\[18\]\] have no row for each of the 6"
+    ):
+        example_gradient_grams(model, F.cross_entropy, probe)
 
 
 def test_no_gradient_of_the_training_is_touched(

@@ -108,6 +108,44 @@ def test_every_selected_layer_is_recorded_or_has_a_reason(tmp_path: Path) -> Non
     }
 
 
+def test_an_axis_that_only_has_the_size_of_the_batch_is_not_taken_for_it(tmp_path: Path) -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.out(self.mix(x.transpose(0, 1)).cumsum(0)[-1]))
+
+    probe = sonde.Probe(torch.randn(5, 5, 4))
+    with pytest.warns(UserWarning, match="mix: axis 0 of its output .* is not the batch"):
+        run = record(tmp_path, TimeFirst(), sonde.Activations(probe))
+    assert run.layers == ["out"]
+
+
+def test_a_model_that_works_in_place_on_its_input_changes_nobodys_data(tmp_path: Path) -> None:
+    data = torch.randn(8, 4)
+    before = data.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    probe = sonde.Probe(data[:6], torch.arange(6) % 3)
+    measures = [
+        sonde.Activations(probe),
+        sonde.Predictions(probe),
+        sonde.ExampleGradients(probe, F.cross_entropy),
+    ]
+    record(tmp_path, model, *measures)
+    assert torch.equal(data, before)
+    assert torch.equal(torch.as_tensor(probe.inputs), before[:6])
+
+
+def test_a_transformer_layer_is_recorded_part_by_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.warns(UserWarning, match="self_attn.out_proj: it was never called"):
+        run = record(tmp_path, layer, sonde.Activations(sonde.Probe(torch.randn(5, 3, 8))))
+    assert {"linear1", "linear2", "norm1"} <= set(run.layers)
+
+
 def test_selectors_choose_the_layers(tmp_path: Path, conv_net: nn.Module, images: Tensor) -> None:
     measure = sonde.Activations(sonde.Probe(images), layers=[nn.Conv2d, "6"])
     assert record(tmp_path, conv_net, measure).layers == ["0", "6"]

@@ -30,9 +30,11 @@ class Meddling(nn.Module):
         self.embedding = nn.Embedding(5, 3, max_norm=0.1)
         self.dropout = nn.Dropout()
         self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("bound", torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
         self.get_buffer("count").add_(1)
+        self.bound = self.get_buffer("bound") * 2
         random.random()
         np.random.rand()
         return torch.as_tensor(self.embedding(x) + torch.rand(3))
@@ -109,6 +111,13 @@ def test_dict_inputs_become_keyword_arguments() -> None:
         for inputs, _ in probe.batches(torch.device("cpu"))
     ]
     assert shapes == [{"a": (2, 2), "b": (2,)}, {"a": (1, 2), "b": (1,)}]
+
+
+def test_a_probe_stays_as_it_was_made() -> None:
+    data = torch.ones(3, 2)
+    probe = Probe(data, torch.arange(3))
+    data.zero_()
+    assert torch.equal(torch.as_tensor(probe.inputs), torch.ones(3, 2))
 
 
 def test_digests_tell_inputs_and_ids_apart() -> None:
