@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sonde.exceptions import InvalidInputError
+
 from .examplegrads import Loss
 from .measures import (
     Activations,
@@ -24,8 +26,6 @@ from .recorder import Recorder
 from .schedule import Schedule
 from .select import Selector
 
-_MIN_CLASSES = 3
-
 
 def attach(
     model: nn.Module,
@@ -36,15 +36,15 @@ def attach(
     loss: Loss | None = None,
     layers: Selector | Sequence[Selector] | None = None,
     when: Schedule | None = None,
-    planes: int = 100,
+    planes: int = 0,
     resolution: int = 32,
     **options: Any,
 ) -> Recorder:
     """Record a training with one line.
 
     Records activations (Gram matrices of every layer), predictions and scalars; with integer
-    targets per-example gradients too; and with floating-point inputs of at least three classes
-    decision planes. For anything else build a `Recorder`.
+    targets per-example gradients too. Decision planes are recorded where they are asked for, as
+    they cost planes × resolution² evaluations of the model. For anything else build a `Recorder`.
 
     Args:
         model: The model.
@@ -54,7 +54,8 @@ def attach(
         loss: (outputs, targets) to a scalar; by default cross-entropy, if targets are integers.
         layers: The layers whose activations are recorded; None takes every module without children.
         when: When to measure; by default log-spaced, for ever.
-        planes: How many decision planes; 0 records none.
+        planes: How many decision planes through the probe's examples; they need floating-point
+            inputs of at least three classes.
         resolution: Points per axis of a decision plane.
         options: Passed on to `Recorder`.
 
@@ -62,7 +63,8 @@ def attach(
         The recorder, attached. It closes itself at interpreter exit.
 
     Raises:
-        SondeError: If an argument does not fit; see `Recorder`.
+        InvalidInputError: If planes are asked for and the probe does not allow them.
+        SondeError: If another argument does not fit; see `Recorder`.
     """
     examples = probe if isinstance(probe, Probe) else Probe(probe)
     targets = examples.targets
@@ -76,13 +78,16 @@ def attach(
         loss = F.cross_entropy
     if loss is not None and targets is not None:
         measures.append(ExampleGradients(examples, loss))
-    inputs = examples.inputs
-    if planes and has_classes and isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
-        assert targets is not None
-        if len(targets.unique()) >= _MIN_CLASSES:
-            measures.append(
-                DecisionPlanes(
-                    inputs, targets, triplets=planes, resolution=resolution, ids=examples.ids
-                )
+    if planes:
+        inputs = examples.inputs
+        if targets is None or not isinstance(inputs, torch.Tensor):
+            raise InvalidInputError(
+                "`planes` needs a probe of one input tensor with classes as targets; "
+                "give Probe(inputs, targets), or leave `planes` out"
             )
+        measures.append(
+            DecisionPlanes(
+                inputs, targets, triplets=planes, resolution=resolution, ids=examples.ids
+            )
+        )
     return Recorder(path, model, measures, when=when, **options).attach(optimizer)

@@ -6,9 +6,8 @@ import atexit
 import os
 import signal
 import threading
-import weakref
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 # How long a process that was told to terminate may take to write what is queued.
 _TERMINATION_SECONDS = 5.0
@@ -21,7 +20,8 @@ class Closable(Protocol):
         """Write what is queued and close."""
 
 
-_open: weakref.WeakSet[Any] = weakref.WeakSet()
+# Strong references: what nobody else holds any more has to be closed all the same.
+_open: dict[int, Closable] = {}
 _pid = os.getpid()
 
 
@@ -31,7 +31,7 @@ def register(closable: Closable) -> None:
     if not _open:
         atexit.register(_close_all, "exit", None)
         _pid = os.getpid()
-    _open.add(closable)
+    _open[id(closable)] = closable
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_termination)
@@ -39,7 +39,7 @@ def register(closable: Closable) -> None:
 
 def forget(closable: Closable) -> None:
     """Stop caring for something that was closed."""
-    _open.discard(closable)
+    _open.pop(id(closable), None)
     if _open:
         return
     atexit.unregister(_close_all)
@@ -48,10 +48,15 @@ def forget(closable: Closable) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def still_open() -> list[Closable]:
+    """Return what was registered and not closed yet."""
+    return list(_open.values())
+
+
 def _close_all(reason: str, timeout: float | None) -> None:
     if os.getpid() != _pid:
         return
-    for closable in list(_open):
+    for closable in still_open():
         closable.close(reason, timeout)
 
 

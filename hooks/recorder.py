@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
 from sonde.log import LogWriter
-from sonde.log.layout import RUN_FILE, write_run_file, writer_folders
+from sonde.log.layout import RUN_FILE, is_being_written, write_run_file, writer_folders
 from sonde.log.writer import Sync
 
 from . import closing
@@ -32,10 +32,6 @@ from .measures.base import Measure, Recording, Subject
 from .probes import Probe
 from .schedule import Schedule, log_spaced
 from .select import unwrap
-
-
-class SondeWarning(UserWarning):
-    """Something could not be recorded; the training is not affected."""
 
 
 class Recorder:
@@ -101,6 +97,7 @@ class Recorder:
         self._warned: set[str] = set()
         self._handles: list[Any] = []
         self._is_closed = False
+        tables = {measure.source: measure.table() for measure in self._measures}
         rank, num_ranks = process_rank(os.environ)
         about = environment()
         self._create_run(rank, overwrite, self._describe(config, about))
@@ -118,9 +115,9 @@ class Recorder:
             block=block,
         )
         closing.register(self)
-        for measure in self._measures:
-            if table := measure.table():
-                self._writer.add_table(measure.source, table)
+        for source, table in tables.items():
+            if table:
+                self._writer.add_table(source, table)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Recorder:
         """Count the steps of an optimizer, and measure after those that are due.
@@ -144,7 +141,6 @@ class Recorder:
                 "an optimizer is attached already, and a step is counted once; with several "
                 "optimizers attach the one that defines a step"
             )
-        self._subject.optimizers.append(optimizer)
 
         def before(*_: object) -> None:
             if self.num_steps == 0:
@@ -157,6 +153,7 @@ class Recorder:
             optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(after),
         ]
+        self._subject.optimizers.append(optimizer)
         return self
 
     def step(self) -> None:
@@ -207,6 +204,7 @@ class Recorder:
             timeout: How many seconds to wait for the disk; None is no limit.
         """
         if self._is_closed:
+            self._writer.close(reason, timeout)  # Only waits.
             return
         self._is_closed = True
         for handle in self._handles:
@@ -240,6 +238,12 @@ class Recorder:
 
     def _take(self, measure: Measure) -> None:
         if self._is_closed or self._done.get(measure) == self.num_steps:
+            return
+        if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
+            # A probe would be the first to run the model, and decide its initial weights.
+            reason = "lazy layers have no parameters before the training's first forward pass"
+            self._writer.note("missed", self.num_steps, measures=[measure.name], reason=reason)
+            self._warn(f"{measure.name} was not taken at step {self.num_steps}: {reason}")
             return
         self._done[measure] = self.num_steps
         try:
@@ -382,8 +386,18 @@ class Recorder:
                     f"{self.path} already holds a run; record into another directory, or give "
                     "overwrite=True to delete it"
                 )
+            for other in closing.still_open():
+                # In a notebook the recorder of an earlier try may still be there.
+                if isinstance(other, Recorder) and other.path.resolve() == self.path.resolve():
+                    other.close("overwritten")
+            folders = [folder for _, _, folder in writer_folders(self.path)]
+            if any(is_being_written(folder) for folder in folders):
+                raise RunExistsError(
+                    f"{self.path} is being written by another process; stop that training, or "
+                    "record into another directory"
+                )
             (self.path / RUN_FILE).unlink()
-            for _, _, folder in writer_folders(self.path):
+            for folder in folders:
                 shutil.rmtree(folder)
         self.path.mkdir(parents=True, exist_ok=True)
         write_run_file(self.path, description)

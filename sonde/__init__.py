@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sonde import analysis, hooks, integrations
-    from sonde.exceptions import SondeError
+    from sonde.exceptions import SondeError, SondeWarning
     from sonde.hooks import (
         Activations,
         DecisionPlanes,
@@ -47,6 +47,7 @@ __all__ = [
     "Scalars",
     "Sketch",
     "SondeError",
+    "SondeWarning",
     "analysis",
     "at",
     "attach",
@@ -59,7 +60,12 @@ __all__ = [
 ]
 
 _FOLDERS = {"analysis", "hooks", "integrations"}
-_HOMES = {"Run": "sonde.log", "open_run": "sonde.log", "SondeError": "sonde.exceptions"}
+_HOMES = {
+    "Run": "sonde.log",
+    "open_run": "sonde.log",
+    "SondeError": "sonde.exceptions",
+    "SondeWarning": "sonde.exceptions",
+}
 
 
 def __getattr__(name: str) -> object:

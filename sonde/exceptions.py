@@ -5,6 +5,10 @@ class SondeError(Exception):
     """Base of every error that sonde raises on purpose."""
 
 
+class SondeWarning(UserWarning):
+    """Something could not be recorded; the training is not affected."""
+
+
 class _LookupMessage(SondeError, KeyError):
     """A `KeyError` whose text is the message itself, without the quotes `KeyError` adds."""
 

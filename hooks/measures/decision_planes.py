@@ -80,7 +80,7 @@ class DecisionPlanes(Measure):
         margin: float = 0.1,
         ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None,
         seed: int = 0,
-        batch_size: int = 4096,
+        batch_size: int = 256,
         name: str = "planes",
         when: Schedule | None = None,
     ) -> None:
@@ -158,18 +158,19 @@ class DecisionPlanes(Measure):
 
     @cached_property
     def _planes(self) -> _Planes:
-        flat = self._inputs.flatten(1).double().cpu().numpy()
         if isinstance(self._triplets, int):
-            triplet = _draw(flat, self._targets, self._triplets, self._population, self._seed)
+            triplet = _draw(
+                self._inputs, self._targets, self._triplets, self._population, self._seed
+            )
         else:
             triplet = np.asarray(self._triplets, np.int64)
-            for corners in triplet:
-                if not _spans_plane(flat[corners]):
+            for positions in triplet:
+                if not _spans_plane(_corners(self._inputs, positions)):
                     raise InvalidInputError(
-                        f"the examples at {corners.tolist()} span no plane: two of them are equal, "
-                        "or all three lie on a line"
+                        f"the examples at {positions.tolist()} span no plane: two of them are "
+                        "equal, or all three lie on a line"
                     )
-        coordinates = np.stack([_coordinates(flat[corners]) for corners in triplet])
+        coordinates = np.stack([_coordinates(_corners(self._inputs, row)) for row in triplet])
         low, high = coordinates.min(1), coordinates.max(1)
         widening = self._margin * (high - low)
         return _Planes(triplet, coordinates, np.stack([low - widening, high + widening], axis=2))
@@ -177,33 +178,36 @@ class DecisionPlanes(Measure):
     @cached_property
     def _digest(self) -> str:
         used = np.unique(self._planes.triplet)
-        values = self._inputs[torch.from_numpy(used)].double().cpu().numpy()
+        values = _corners(self._inputs, used)
         shape = np.array([self._resolution, self._margin])
         return digest([values, np.searchsorted(used, self._planes.triplet), shape])
 
     def _point_batches(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield grid points in order, [points, …], several planes at a time."""
-        num_points = self._resolution**2
-        planes_per_batch = max(1, self._batch_size // num_points)
-        for start in range(0, len(self._planes.triplet), planes_per_batch):
-            rows = range(start, min(start + planes_per_batch, len(self._planes.triplet)))
-            points = torch.cat([self._points(row, device) for row in rows])
-            yield from points.split(max(self._batch_size, 1))
+        """Yield grid points in order, [points, …], at most `batch_size` at a time."""
+        waiting: list[Tensor] = []
+        for row in range(len(self._planes.triplet)):
+            for points in self._points(row, device):
+                if waiting and sum(map(len, waiting)) + len(points) > self._batch_size:
+                    yield torch.cat(waiting)
+                    waiting = []
+                waiting.append(points)
+        yield torch.cat(waiting)
 
-    def _points(self, row: int, device: torch.device) -> Tensor:
-        corners = self._inputs[torch.from_numpy(self._planes.triplet[row])].double().flatten(1)
+    def _points(self, row: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield the points of one plane."""
+        corners = torch.from_numpy(_corners(self._inputs, self._planes.triplet[row]))
         first = corners[1] - corners[0]
         first = first / first.norm()
         second = corners[2] - corners[0]
         second = second - (first @ second) * first
         second = second / second.norm()
         (low_1, high_1), (low_2, high_2) = self._planes.extent[row].tolist()
-        c1 = torch.from_numpy(np.linspace(low_1, high_1, self._resolution)).to(corners)
-        c2 = torch.from_numpy(np.linspace(low_2, high_2, self._resolution)).to(corners)
-        grid = torch.cartesian_prod(c2, c1)
-        points: Tensor = corners[0] + grid[:, 1:] * first + grid[:, :1] * second
-        shaped = points.reshape(-1, *self._inputs.shape[1:])
-        return shaped.to(device, self._inputs.dtype)
+        c1 = torch.from_numpy(np.linspace(low_1, high_1, self._resolution))
+        c2 = torch.from_numpy(np.linspace(low_2, high_2, self._resolution))
+        for grid in torch.cartesian_prod(c2, c1).split(self._batch_size):
+            points: Tensor = corners[0] + grid @ torch.stack([second, first])
+            shaped = points.reshape(-1, *self._inputs.shape[1:])
+            yield shaped.to(device, self._inputs.dtype)
 
     def _check_arguments(self) -> None:
         if not self._inputs.is_floating_point() or self._inputs.ndim < 2:
@@ -220,6 +224,13 @@ class DecisionPlanes(Measure):
             raise InvalidInputError(
                 f"`population` (={self._population!r}) must be 'distinct', 'any' or 'same'"
             )
+        if self._ids.shape != (len(self._inputs),):
+            raise InvalidInputError(
+                f"`ids` has shape {self._ids.shape}; expected one integer for each of the "
+                f"{len(self._inputs)} examples"
+            )
+        if self._batch_size < 1:
+            raise InvalidInputError(f"`batch_size` (={self._batch_size}) must be >= 1")
         if self._resolution < 2 or self._margin < 0:
             raise InvalidInputError(
                 f"`resolution` (={self._resolution}) must be >= 2 and `margin` "
@@ -240,7 +251,7 @@ class DecisionPlanes(Measure):
 
 
 def _draw(
-    flat: npt.NDArray[np.float64],
+    inputs: Tensor,
     targets: npt.NDArray[np.integer[Any]],
     num_triplets: int,
     population: Population,
@@ -269,7 +280,7 @@ def _draw(
         else:
             pool = large[random.integers(len(large))] if population == "same" else len(targets)
             corners = random.choice(pool, 3, replace=False)
-        if _spans_plane(flat[corners]):
+        if _spans_plane(_corners(inputs, corners)):
             drawn.append(corners.astype(np.int64))
         else:
             failures += 1
@@ -279,6 +290,13 @@ def _draw(
                     "line"
                 )
     return np.stack(drawn)
+
+
+def _corners(inputs: Tensor, positions: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+    """Return some examples, flattened, [positions, features]."""
+    chosen = inputs[torch.from_numpy(positions.astype(np.int64))]
+    flat: npt.NDArray[np.float64] = chosen.flatten(1).double().cpu().numpy()
+    return flat
 
 
 def _coordinates(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Appended, not prepended as PYTHONPATH would be, so that no package beside sonde shadows the
-# standard library of the child.
-_CODE = "import sys; sys.path.append(sys.argv.pop()); from sonde.log.seal import main; main()"
+# The folder of sonde comes last, so that no package beside it shadows the standard library, and
+# the working folder, which -c puts first, not at all.
+_CODE = (
+    "import sys; sys.path[:1] = []; sys.path.append(sys.argv.pop()); "
+    "from sonde.log.seal import main; main()"
+)
 
 
 class Sealing:
@@ -26,15 +29,19 @@ class Sealing:
         self._process: subprocess.Popen[bytes] | None = None
         self._sealed_before = 0
         self._wanted_before = 0
+        self._failure: str | None = None
 
     @property
     def problem(self) -> str | None:
         """Why journals were left unsealed, once a sealer has ended."""
-        if self._process is None or not self._process.returncode:
+        failure = self._failure
+        if self._process is not None and self._process.returncode:
+            failure = f"exit status {self._process.returncode}"
+        if failure is None:
             return None
         return (
-            f"sealing failed with exit status {self._process.returncode}; the journals stay and "
-            f"read the same, and `sonde seal {self._run}` says why"
+            f"journals were not sealed into HDF5 ({failure}); they stay and read the same, and "
+            f"`sonde seal {self._run}` tries again"
         )
 
     def start(self, before: int) -> None:
@@ -60,9 +67,11 @@ class Sealing:
                 start_new_session=os.name != "nt",
             )
             self._sealed_before = before
-        except OSError:
-            # Without a sealer the journals stay, and read the same.
+            self._failure = None
+        except (OSError, TypeError, ValueError) as error:
+            # An embedded Python has no executable, or another one.
             self._process = None
+            self._failure = f"no process could be started: {error}"
 
     def finish(self, timeout: float | None) -> None:
         """Wait for the running sealer, then seal what was closed meanwhile."""

@@ -241,11 +241,11 @@ class LogWriter:
         if self._is_foreign():
             return
         with self._condition:
-            if self._is_closing:
-                return
-            self._put(self._pack("end", -1, {"reason": reason, "time": time.time()}, []))
-            self._is_closing = True
-            self._condition.notify_all()
+            if not self._is_closing:
+                self._put(self._pack("end", -1, {"reason": reason, "time": time.time()}, []))
+                self._is_closing = True
+                self._condition.notify_all()
+        # A second call, from a signal handler say, waits for the queue too.
         self._thread.join(timeout)
         if self._thread.is_alive():
             return

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import sonde
 from sonde.exceptions import InvalidInputError, RunExistsError
 from sonde.hooks import Recording, Subject
+from sonde.log import LogWriter
+from sonde.log.layout import write_run_file
 
 from .conftest import ConvNet, train
 
@@ -281,8 +283,9 @@ def test_attach_records_what_the_probe_allows(
     optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
     found = {}
     for name, probe in {"all": sonde.Probe(images, classes), "inputs": sonde.Probe(images)}.items():
+        planes = 2 if probe.targets is not None else 0
         recorder = sonde.attach(
-            conv_net, optimizer, tmp_path / name, probe=probe, planes=2, resolution=4
+            conv_net, optimizer, tmp_path / name, probe=probe, planes=planes, resolution=4
         )
         train(conv_net, optimizer, images, classes, num_steps=1)
         recorder.close()
@@ -295,6 +298,73 @@ def test_attach_records_what_the_probe_allows(
         "scalars",
     ]
     assert found["inputs"] == ["activations", "predictions", "scalars"]
+
+
+def test_attach_refuses_planes_the_probe_does_not_allow(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    with pytest.raises(InvalidInputError, match="`planes` needs a probe of one input tensor with"):
+        sonde.attach(conv_net, optimizer, tmp_path / "run", probe=images, planes=2)
+
+
+def test_an_optimizer_that_takes_no_hooks_is_not_attached(
+    tmp_path: Path, conv_net: nn.Module
+) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer  # Without the base class: no place for hooks.
+
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, [sonde.Scalars()])
+    with pytest.raises(AttributeError):
+        recorder.attach(Wrapper(optimizer))
+    recorder.attach(optimizer)
+    recorder.close()
+
+
+def test_lazy_layers_are_not_made_by_a_probe(tmp_path: Path) -> None:
+    model = nn.LazyLinear(3)
+    recorder = sonde.Recorder(
+        tmp_path / "run", model, [sonde.Predictions(sonde.Probe(torch.randn(4, 2)))]
+    )
+    with pytest.warns(UserWarning, match="lazy layers have no parameters before"):
+        recorder.measure()
+    assert isinstance(model.weight, nn.UninitializedParameter)
+    model(torch.randn(1, 2))
+    recorder.measure()
+    recorder.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0]
+
+
+def test_a_recorder_of_an_earlier_try_is_closed_before_its_run_is_overwritten(
+    tmp_path: Path, images: Tensor
+) -> None:
+    def make() -> sonde.Recorder:
+        measure = sonde.Predictions(sonde.Probe(images))
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], overwrite=True)
+
+    first = make()
+    second = make()
+    first.measure()
+    second.measure()
+    first.close()
+    assert sonde.open_run(tmp_path / "run").state == "recording"
+    second.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0]
+
+
+def test_a_run_that_another_process_writes_is_not_overwritten(
+    tmp_path: Path, images: Tensor
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    write_run_file(path, {})
+    writer = LogWriter(path, seal=False)
+    measure = sonde.Predictions(sonde.Probe(images))
+    with pytest.raises(RunExistsError, match="is being written by another process"):
+        sonde.Recorder(path, nn.Flatten(), [measure], overwrite=True)
+    writer.close()
 
 
 def test_the_run_says_where_it_came_from(
@@ -372,6 +442,14 @@ def test_attach_refuses_what_it_cannot_count(
 
 ENDINGS = {
     "return": "",
+    "no reference": "del recorder; gc.collect()",
+    "SIGTERM while closing": (
+        "store = recorder._writer._store\n"
+        "    recorder._writer._store = lambda pending: (time.sleep(0.2), store(pending))\n"
+        "    for _ in range(5): recorder.step()\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    recorder.close()"
+    ),
     "exit": "sys.exit(3)",
     "exception": "raise RuntimeError('the training failed')",
     "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)",
@@ -382,7 +460,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_records_outlive_every_ending(tmp_path: Path, ending: str) -> None:
     script = f"""
-    import os, signal, sys, time
+    import gc, os, signal, sys, threading, time
     import torch, sonde
     from torch import nn
     model = nn.Linear(4, 3)
@@ -397,9 +475,10 @@ def test_records_outlive_every_ending(tmp_path: Path, ending: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
     )
-    codes = {"return": 0, "exit": 3, "exception": 1, "SIGTERM": -15, "SIGKILL": -9}
-    assert done.returncode == codes[ending], done.stderr
+    codes = {"exit": 3, "exception": 1, "SIGTERM": -15, "SIGTERM while closing": -15, "SIGKILL": -9}
+    assert done.returncode == codes.get(ending, 0), done.stderr
     run = sonde.open_run(tmp_path / "run")
-    assert run.steps("predictions") == [0, 1, 2, 3, 4, 5]
+    last = 10 if ending == "SIGTERM while closing" else 5
+    assert run.steps("predictions") == list(range(last + 1))
     assert run.state == ("interrupted" if ending == "SIGKILL" else "finished")
     assert run.damage == []

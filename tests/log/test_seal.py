@@ -306,3 +306,28 @@ def test_segment_is_an_ordinary_file_that_can_be_moved(
     moved = Path(str(edit(segment)))
     with h5py.File(moved, "r") as file:
         assert file["activations/probe/loss"][1] == 5
+
+
+@pytest.mark.parametrize("executable", [None, "/nonexistent/python"])
+def test_a_sealer_that_cannot_be_started_leaves_journals_and_says_so(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch, executable: str | None
+) -> None:
+    monkeypatch.setattr("sys.executable", executable)
+    writer = LogWriter(run_path)
+    assert writer.append("activations", "probe", 0, record_of(0))
+    writer.close()
+    assert "journals were not sealed into HDF5 (no process could be started" in (
+        writer.problem or ""
+    )
+    assert_intact(run_path, [0])
+
+
+def test_a_module_in_the_working_folder_does_not_shadow_the_sealers(
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "h5py.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    writer = LogWriter(run_path)
+    assert writer.append("activations", "probe", 0, record_of(0))
+    writer.close()
+    assert (writer.problem, journals_of(run_path)) == (None, [])
