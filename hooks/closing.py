@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -14,7 +15,9 @@ _TERMINATION_SECONDS = 5.0
 
 
 class Closable(Protocol):
-    """Something that writes and has to be closed."""
+    """Something that writes a run and has to be closed."""
+
+    path: Path
 
     def close(self, reason: str = "closed", timeout: float | None = None) -> None:
         """Write what is queued and close."""

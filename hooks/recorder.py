@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,15 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
+from sonde.exceptions import InvalidInputError, SondeWarning
 from sonde.log import LogWriter
-from sonde.log.layout import RUN_FILE, is_being_written, write_run_file, writer_folders
 from sonde.log.writer import Sync
 
 from . import closing
 from .environment import describe_model, environment, process_rank
 from .measures.base import Measure, Recording, Subject
 from .probes import Probe
+from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
 
@@ -39,8 +38,9 @@ class Recorder:
 
     Attach it to the optimizer, or call `step()` after each optimizer step. As a context manager it
     closes itself; without, it closes at interpreter exit. Each measure is due by its own schedule,
-    or by the recorder's; a measure due at step 0 is taken at the first optimizer step, before the
-    weights change, or by `measure()` before the loop where no optimizer is attached.
+    or by the recorder's. A measure due at step 0 is taken at the first optimizer step, before the
+    weights change, when BatchNorm statistics have seen one batch; `measure()` before the loop takes
+    it earlier, and has to where no optimizer is attached.
 
     Args:
         path: The run directory; it must not hold a run yet.
@@ -50,6 +50,9 @@ class Recorder:
         config: Anything that describes the run, such as hyperparameters; what is no JSON value is
             written as its text.
         steps_per_epoch: The number of optimizer steps in an epoch, for schedules by epoch.
+        resume: Go on with a run that is already there, as a new attempt of it. Without
+            `load_state_dict` it starts again at step 0. What earlier attempts recorded from the
+            step on at which this one starts is superseded; nothing is deleted.
         overwrite: Delete a run that is already there.
         on_error: `warn`, or `raise` to debug a measure: then its exception ends the training.
         sync: When the log is forced to the disk; see `LogWriter`.
@@ -61,6 +64,7 @@ class Recorder:
         LayerNotFoundError: If a selector takes no layer.
         UnsupportedModelError: If the model runs no hooks.
         RunExistsError: If the directory holds a run.
+        MismatchError: If the run to resume was recorded with other examples or measures.
         OSError: If the directory cannot be written.
     """
 
@@ -73,6 +77,7 @@ class Recorder:
         when: Schedule | None = None,
         config: Mapping[str, Any] | None = None,
         steps_per_epoch: int | None = None,
+        resume: bool = False,
         overwrite: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
         sync: Sync = "seal",
@@ -97,16 +102,21 @@ class Recorder:
         self._warned: set[str] = set()
         self._handles: list[Any] = []
         self._is_closed = False
+        self._has_started = False
         tables = {measure.source: measure.table() for measure in self._measures}
         rank, num_ranks = process_rank(os.environ)
         about = environment()
-        self._create_run(rank, overwrite, self._describe(config, about))
+        if resume and overwrite:
+            raise InvalidInputError("give `resume` or `overwrite`, not both")
+        description = self._describe(config, about)
+        attempt = create_run(self.path, description, rank, resume=resume, overwrite=overwrite)
         self._writer = LogWriter(
             self.path,
+            attempt=attempt,
             rank=rank,
             about={
                 "world_size": num_ranks,
-                "resume_step": None,
+                "resume_step": 0,
                 "started": _now(),
                 "hostname": about["hostname"],
             },
@@ -143,7 +153,8 @@ class Recorder:
             )
 
         def before(*_: object) -> None:
-            if self.num_steps == 0:
+            if not self._has_started:
+                self._has_started = True
                 self._measure_due(0)
 
         def after(*_: object) -> None:
@@ -158,8 +169,9 @@ class Recorder:
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
-        if self.num_steps == 0 and not self._subject.optimizers:
+        if not self._has_started:
             self._warn_of_missed_start()
+            self._has_started = True
         self.num_steps += 1
         epoch = None
         if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
@@ -191,6 +203,43 @@ class Recorder:
         """Take every measure now, whether it is due or not."""
         for measure in list(self._measures):
             self._take(measure)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint has to hold for the recording to go on from it.
+
+        Everything recorded so far is forced to the disk first, so that the log is never behind the
+        checkpoint.
+        """
+        self.sync()
+        return {"version": 1, "num_steps": self.num_steps, "num_epochs": self.num_epochs}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint; call it before the first step, with `resume=True`.
+
+        What was recorded up to the checkpoint's step stays; what earlier attempts recorded after it
+        is superseded.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            InvalidInputError: If it is no such state, or recording has begun already.
+        """
+        expected = {"version", "num_steps", "num_epochs"}
+        if not expected <= state.keys() or state["version"] != 1:
+            raise InvalidInputError(
+                f"`state` has {sorted(state)} and version {state.get('version')}; expected what "
+                "recorder.state_dict() of this version of sonde returned"
+            )
+        if self._has_started or self._done:
+            raise InvalidInputError(
+                f"recording has begun already (step {self.num_steps}); load the state before the "
+                "first step"
+            )
+        self.num_steps = state["num_steps"]
+        self.num_epochs = state["num_epochs"]
+        self._has_started = True
+        self._writer.resume_at(self.num_steps + 1)
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
@@ -375,32 +424,6 @@ class Recorder:
             "model": describe_model(self._subject.model),
             "environment": about,
         }
-
-    def _create_run(self, rank: int, overwrite: bool, description: dict[str, Any]) -> None:
-        if rank:
-            self.path.mkdir(parents=True, exist_ok=True)
-            return
-        if (self.path / RUN_FILE).exists():
-            if not overwrite:
-                raise RunExistsError(
-                    f"{self.path} already holds a run; record into another directory, or give "
-                    "overwrite=True to delete it"
-                )
-            for other in closing.still_open():
-                # In a notebook the recorder of an earlier try may still be there.
-                if isinstance(other, Recorder) and other.path.resolve() == self.path.resolve():
-                    other.close("overwritten")
-            folders = [folder for _, _, folder in writer_folders(self.path)]
-            if any(is_being_written(folder) for folder in folders):
-                raise RunExistsError(
-                    f"{self.path} is being written by another process; stop that training, or "
-                    "record into another directory"
-                )
-            (self.path / RUN_FILE).unlink()
-            for folder in folders:
-                shutil.rmtree(folder)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_run_file(self.path, description)
 
 
 def _name_probes(measures: Sequence[Measure]) -> None:

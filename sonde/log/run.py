@@ -273,6 +273,8 @@ def _visible_records(
     chosen = sorted((w for w in writers if w.rank == rank), key=lambda writer: writer.attempt)
     found: dict[tuple[str, str], dict[int, Record]] = {}
     for writer in chosen:
+        if not writer.parts:
+            continue  # An attempt that recorded nothing supersedes nothing.
         for records in found.values():
             for step in [step for step in records if step >= writer.resume_step]:
                 del records[step]

@@ -213,6 +213,14 @@ class LogWriter:
             )
         self._enqueue("note", step, {"event": event, **details}, [])
 
+    def resume_at(self, step: int) -> None:
+        """Say at which step this attempt goes on: earlier ones count up to before it."""
+        if self._is_foreign():
+            return
+        self._attempt = {**self._attempt, "resume_step": step}
+        with self._condition:
+            self._put(self._pack("attempt", -1, self._attempt, []))
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything queued is written, or dropped.
 

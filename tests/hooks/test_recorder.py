@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.exceptions import InvalidInputError, MismatchError, RunExistsError
 from sonde.hooks import Recording, Subject
 from sonde.log import LogWriter
 from sonde.log.layout import write_run_file
@@ -392,7 +393,9 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path, images: Tensor) -
     first = make()
     first.measure()
     first.close()
-    with pytest.raises(RunExistsError, match=r"already holds a run; .* overwrite=True"):
+    with pytest.raises(
+        RunExistsError, match=r"already holds a run; .* resume=True, .* overwrite=True"
+    ):
         make()
     make(overwrite=True).close()
     assert sonde.open_run(tmp_path / "run").steps() == []
@@ -437,6 +440,103 @@ def test_attach_refuses_what_it_cannot_count(
     message = "attached already" if twice else "expected a torch.optim.Optimizer"
     with pytest.raises(InvalidInputError, match=message):
         recorder.attach(optimizer).attach(optimizer)
+    recorder.close()
+
+
+def resumable(
+    path: Path, images: Tensor, classes: Tensor, num_steps: int, checkpoint: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Train up to `num_steps`, from a checkpoint or from scratch; return a checkpoint a step."""
+    torch.manual_seed(0)
+    model = ConvNet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    recorder = sonde.Recorder(
+        path,
+        model,
+        everything(images, classes),
+        when=sonde.every(2) | sonde.epochs(1),
+        steps_per_epoch=3,
+        resume=True,
+    ).attach(optimizer)
+    if checkpoint is not None:
+        saved = copy.deepcopy(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        recorder.load_state_dict(saved["recorder"])
+    checkpoints = []
+
+    def keep(step: int) -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "recorder": recorder.state_dict(),
+        }
+        checkpoints.append(copy.deepcopy(state))
+
+    train(
+        model,
+        optimizer,
+        images,
+        classes,
+        num_steps=num_steps - recorder.num_steps,
+        after_step=keep,
+    )
+    recorder.close()
+    return checkpoints
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
+    tmp_path: Path, images: Tensor, classes: Tensor, at: int
+) -> None:
+    resumable(tmp_path / "whole", images, classes, 9, None)
+    checkpoints = resumable(tmp_path / "cut", images, classes, 5, None)
+    again = resumable(tmp_path / "cut", images, classes, 7, checkpoints[at - 1])
+    resumable(tmp_path / "cut", images, classes, 9, again[-2])
+    whole, cut = sonde.open_run(tmp_path / "whole"), sonde.open_run(tmp_path / "cut")
+    assert [a["attempt"] for a in cut.attempts] == [0, 1, 2]
+    for measure in whole.measures:
+        assert cut.steps(measure) == whole.steps(measure)
+        for layer, field in whole[measure].streams:
+            for step in whole[measure].steps_of(field, layer):
+                expected = whole[measure].array(field, step, layer)
+                assert np.array_equal(cut[measure].array(field, step, layer), expected)
+
+
+def test_an_attempt_that_recorded_nothing_supersedes_nothing(
+    tmp_path: Path, images: Tensor, classes: Tensor
+) -> None:
+    resumable(tmp_path / "run", images, classes, 4, None)
+    probe = everything(images, classes)
+    sonde.Recorder(tmp_path / "run", ConvNet(), probe, resume=True).close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0, 2, 3, 4]
+
+
+def test_other_examples_or_measures_are_not_mixed_into_a_run(
+    tmp_path: Path, images: Tensor
+) -> None:
+    def make(data: Tensor, **options: Any) -> sonde.Recorder:
+        measure = sonde.Activations(sonde.Probe(data), "", **options)
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], resume=True)
+
+    make(images).close()
+    with pytest.raises(MismatchError, match=r"other examples as 'probe' \(input_digest"):
+        make(images * 2)
+    with pytest.raises(MismatchError, match="was recorded with other measures"):
+        make(images, store=sonde.Sketch(4))
+
+
+def test_a_state_that_cannot_be_loaded_is_refused(tmp_path: Path, images: Tensor) -> None:
+    measure = sonde.Predictions(sonde.Probe(images))
+    recorder = sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure])
+    with pytest.raises(InvalidInputError, match=r"expected what recorder\.state_dict"):
+        recorder.load_state_dict({"step": 3})
+    state = recorder.state_dict()
+    recorder.measure()
+    with pytest.raises(InvalidInputError, match="recording has begun already"):
+        recorder.load_state_dict(state)
     recorder.close()
 
 

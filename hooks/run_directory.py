@@ -1,0 +1,108 @@
+"""The run directory a recorder writes into: made, gone on with, or made anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sonde.exceptions import MismatchError, RunExistsError
+from sonde.log.layout import (
+    RUN_FILE,
+    is_being_written,
+    read_run_file,
+    write_run_file,
+    writer_folders,
+)
+
+from . import closing
+
+
+def create_run(
+    path: Path, description: Mapping[str, Any], rank: int, *, resume: bool, overwrite: bool
+) -> int:
+    """Prepare a run directory for a recorder; rank 0 does it for all.
+
+    Args:
+        path: The run directory.
+        description: What `run.json` will hold.
+        rank: The rank of this process.
+        resume: Go on with a run that is already there.
+        overwrite: Delete a run that is already there.
+
+    Returns:
+        The number of this attempt, counted from 0.
+
+    Raises:
+        RunExistsError: If there is a run and nothing says what to do with it, or another process
+            writes it.
+        MismatchError: If the run to resume was recorded with other examples or measures.
+        OSError: If the directory cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    exists = (path / RUN_FILE).exists()
+    if rank == 0 and exists:
+        if not resume and not overwrite:
+            raise RunExistsError(
+                f"{path} already holds a run; record into another directory, go on with it by "
+                "resume=True, or delete it by overwrite=True"
+            )
+        _check_nobody_writes(path)
+        if resume:
+            _check_same(path, read_run_file(path), description)
+        else:
+            _delete_run(path)
+    if rank == 0 and not (exists and resume):
+        write_run_file(path, dict(description))
+    attempts = [attempt for attempt, of_rank, _ in writer_folders(path) if of_rank == rank]
+    return max(attempts, default=-1) + 1
+
+
+def _check_nobody_writes(path: Path) -> None:
+    """Close recorders of this process that write a run.
+
+    Raises:
+        RunExistsError: If another process writes it.
+    """
+    for other in closing.still_open():
+        # In a notebook the recorder of an earlier try may still be there.
+        if other.path.resolve() == path.resolve():
+            other.close("superseded")
+    if any(is_being_written(folder) for _, _, folder in writer_folders(path)):
+        raise RunExistsError(
+            f"{path} is being written by another process; stop that training, or record into "
+            "another directory"
+        )
+
+
+def _delete_run(path: Path) -> None:
+    (path / RUN_FILE).unlink()
+    for _, _, folder in writer_folders(path):
+        shutil.rmtree(folder)
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what a run measures with what is to be measured now.
+
+    Raises:
+        MismatchError: If probes or measures differ.
+    """
+    for source, probe in now["probes"].items():
+        known = before.get("probes", {}).get(source, {})
+        for key in ("id_digest", "input_digest"):
+            if known.get(key) != probe[key]:
+                raise MismatchError(
+                    f"{path} was recorded with other examples as '{source}' ({key} "
+                    f"{known.get(key)}, now {probe[key]}); give the same probe, or record into "
+                    "another directory"
+                )
+    kinds = [
+        [(m["measure"], m["source"], m.get("store"), m.get("digest")) for m in d["measures"]]
+        for d in (before, now)
+    ]
+    if kinds[0] != kinds[1]:
+        raise MismatchError(
+            f"{path} was recorded with other measures ({kinds[0]}, now {kinds[1]}); give the same "
+            "ones, or record into another directory"
+        )
