@@ -12,7 +12,7 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError
 
-from .examplegrads import Loss
+from .losses import Loss
 from .measures import (
     Activations,
     DecisionPlanes,

@@ -9,24 +9,20 @@ gradient of one example is that of its own loss, not divided by the number of ex
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from sonde.exceptions import InvalidInputError
-
 from .factors import Dense, Factor
 from .gradient_rules import Call, UnsupportedError, rule_for
+from .losses import Loss, example_losses
 from .probes import Inputs, Probe, call, device_of, undisturbed
 from .select import layers_of
-from .taps import map_tensors, tapped, tensor_leaves
-
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-"""The loss of a batch: (outputs, targets) to a scalar, such as `F.cross_entropy`."""
+from .taps import tapped
 
 # The sum of a tied parameter's gradients is formed, so its size is bounded.
 _TIED_BYTES = 1 << 30
@@ -398,49 +394,3 @@ def _joined(batches: Sequence[list[Call] | _Unusable]) -> list[Call] | _Unusable
 def _widened(values: Tensor) -> Tensor:
     """Bring half precision to float32, as inner products need it."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
-def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
-    """Return the loss of each example alone, [examples].
-
-    The loss sees batches of one example, so its reduction over a batch does not matter.
-
-    Raises:
-        InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
-    """
-    leaves = [leaf for _, leaf in tensor_leaves(outputs)]
-    if not leaves:
-        raise InvalidInputError("the model returned no tensor, so there is nothing to measure")
-    num_examples = len(targets) if targets is not None else len(leaves[0])
-    # What has no row per example, such as the state of a recurrent layer, is given as it is.
-    has_rows = [leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves]
-    if not any(has_rows):
-        shapes = [list(leaf.shape) for leaf in leaves]
-        raise InvalidInputError(
-            f"the model's outputs {shapes} have no row for each of the {num_examples} examples"
-        )
-
-    def alone(target: Tensor | None, *rows: Tensor) -> Tensor:
-        given = iter([x[None] if has else x for x, has in zip(rows, has_rows, strict=True)])
-        output = map_tensors(outputs, lambda _: next(given))
-        value = loss(output, None if target is None else target[None])
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(
-                f"`loss` of one example gave {shape}; expected a scalar tensor, as "
-                "F.cross_entropy(outputs, targets) gives"
-            )
-        return value.reshape(())
-
-    in_dims = (None if targets is None else 0, *(0 if has else None for has in has_rows))
-    try:
-        losses: Tensor = torch.vmap(alone, in_dims)(targets, *leaves)
-        return losses
-    except InvalidInputError:
-        raise
-    except Exception:  # Whatever vmap cannot transform in a user's loss, a loop can evaluate.
-        values = []
-        for row in range(num_examples):
-            rows = [x[row] if has else x for x, has in zip(leaves, has_rows, strict=True)]
-            values.append(alone(None if targets is None else targets[row], *rows))
-        return torch.stack(values)

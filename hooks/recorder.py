@@ -27,10 +27,10 @@ from sonde.log.writer import Sync
 from . import closing
 from .environment import describe_model, environment, process_rank
 from .measures.base import Measure, Recording, Subject
-from .probes import Probe
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
+from .sources import check_names, name_probes
 
 
 class Recorder:
@@ -93,8 +93,8 @@ class Recorder:
         self._steps_per_epoch = steps_per_epoch
         self._on_error = on_error
         self._check(measures)
-        _name_probes(self._measures)
-        _check_names(self._measures)
+        name_probes(self._measures)
+        check_names(self._measures)
         for measure in self._measures:
             measure.check(self._subject.model)
         self._done: dict[Measure, int] = {}
@@ -424,36 +424,6 @@ class Recorder:
             "model": describe_model(self._subject.model),
             "environment": about,
         }
-
-
-def _name_probes(measures: Sequence[Measure]) -> None:
-    """Name the probes that have no name: `probe`, `probe1`, … in order of use."""
-    probes: list[Probe] = []
-    for measure in measures:
-        if measure.probe is not None and not any(measure.probe is known for known in probes):
-            probes.append(measure.probe)
-    taken = {probe.name for probe in probes}
-    for probe in probes:
-        if probe.name is None:
-            free = (f"probe{number or ''}" for number in range(len(probes) + 1))
-            probe.name = next(name for name in free if name not in taken)
-            taken.add(probe.name)
-
-
-def _check_names(measures: Sequence[Measure]) -> None:
-    sources: dict[str, Probe | None] = {}
-    seen: set[tuple[str, str]] = set()
-    for measure in measures:
-        if (measure.name, measure.source) in seen:
-            raise InvalidInputError(
-                f"{type(measure).__name__} is given twice for '{measure.source}'; give the second "
-                "probe a name of its own: Probe(…, name='validation')"
-            )
-        seen.add((measure.name, measure.source))
-        if sources.setdefault(measure.source, measure.probe) is not measure.probe:
-            raise InvalidInputError(
-                f"two different sources are called '{measure.source}'; names must differ"
-            )
 
 
 def _now() -> str:

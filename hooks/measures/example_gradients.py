@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.examplegrads import Loss, example_gradient_grams
+from sonde.hooks.examplegrads import example_gradient_grams
+from sonde.hooks.losses import Loss
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sonde.hooks.examplegrads import Loss
+from sonde.hooks.losses import Loss
 
 
 class ConvNet(nn.Sequential):

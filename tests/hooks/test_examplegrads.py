@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, example_gradient_grams
 from sonde.hooks import factors as factors_module
-from sonde.hooks.examplegrads import Loss
+from sonde.hooks.losses import Loss
 
 from .conftest import loop_gram
 
@@ -220,7 +220,7 @@ def test_small_blocks_change_nothing(block_bytes: int, monkeypatch: pytest.Monke
 
 
 def test_softmax_regression_at_zero_weights_is_known_in_closed_form() -> None:
-    # MEASURES: the cosine is cos(x, x') within a class and −cos(x, x')/(C − 1) between classes.
+    # The cosine is cos(x, x') within a class and −cos(x, x')/(C − 1) between classes.
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 12, generator=generator, dtype=torch.float64)
     targets = torch.arange(40) % 4
