@@ -545,9 +545,9 @@ ENDINGS = {
     "no reference": "del recorder; gc.collect()",
     "SIGTERM while closing": (
         "store = recorder._writer._store\n"
-        "    recorder._writer._store = lambda pending: (time.sleep(0.2), store(pending))\n"
+        "    recorder._writer._store = lambda pending: (time.sleep(0.1), store(pending))\n"
         "    for _ in range(5): recorder.step()\n"
-        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         "    recorder.close()"
     ),
     "exit": "sys.exit(3)",
