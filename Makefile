@@ -1,12 +1,13 @@
 # make demo   record three small trainings and analyze them (a few minutes, the install aside)
 # make test   lint, format and type checks, then the tests
+# make bench  what recording costs, beside peers, in one run
 # Needs Python >= 3.10 and make; both make a virtual environment of their own in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo-installed
@@ -17,6 +18,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
 """CPU cost of recording: sonde's journal and seal against appending to HDF5 with h5py.
 
-Each record holds several arrays; both sides write the same records, in turn, in one run. Printed are
-medians of CPU milliseconds per record and ratios: the training thread's copy against a plain memcpy,
-and the whole process (all threads) plus the sealer against h5py with a flush per record.
+Each record holds several arrays; both sides write the same records, in turn, in one run. Printed
+are medians of CPU milliseconds per record and ratios: the training thread's part against a plain
+copy, and the whole process (all threads) plus the sealer against h5py with a flush per record.
 
 Run `python benchmarks/log_append.py`.
 """
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def measure_memcpy(arrays: Arrays, num_records: int) -> float:
+def measure_memcpy(arrays: Arrays, num_records: int, _: Path) -> float:
     """Copy each array into a buffer that is there already."""
     targets = [np.empty_like(array) for array in arrays]
     start = time.thread_time()
@@ -55,9 +56,7 @@ def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> tuple[float
     """Return CPU seconds per record: training thread, append, seal."""
     folder.mkdir()
     write_run_file(folder, {})
-    records = [
-        LogArray("gram", array, ("element",), f"layer{i}") for i, array in enumerate(arrays)
-    ]
+    records = [LogArray("gram", array, ("element",), f"layer{i}") for i, array in enumerate(arrays)]
     start = cpu_seconds()
     writer = LogWriter(folder, seal=False, block=True)
     thread = 0.0
@@ -124,10 +123,10 @@ def main() -> None:
     for name, (num_arrays, size) in CASES.items():
         arrays = list(np.random.default_rng(0).normal(size=(num_arrays, size)).astype(np.float32))
         with tempfile.TemporaryDirectory() as root:
-            n, repeats, path = arguments.records, arguments.repeats, Path(root)
-            copies = repeated(lambda _, a=arrays: measure_memcpy(a, n), path, repeats)
-            ours = repeated(lambda f, a=arrays: measure_sonde(a, n, f), path, repeats)
-            theirs = repeated(lambda f, a=arrays: measure_h5py(a, n, f), path, repeats)
+            repeat = partial(repeated, root=Path(root), repeats=arguments.repeats)
+            copies = repeat(partial(measure_memcpy, arrays, arguments.records))
+            ours = repeat(partial(measure_sonde, arrays, arguments.records))
+            theirs = repeat(partial(measure_h5py, arrays, arguments.records))
         copy, h5 = statistics.median(copies), statistics.median(theirs)
         thread, append, seal = (statistics.median(column) for column in zip(*ours, strict=True))
         milliseconds = [f"{1e3 * value:.2f}" for value in (copy, thread, append, seal, h5)]

@@ -14,11 +14,14 @@ every journal.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,7 +77,7 @@ class ArrayEntry:
     @property
     def num_bytes(self) -> int:
         """The size of the array in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * storage_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * storage_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Damage:
         return f"{self.path}: {self.reason} ({self.num_bytes} bytes at byte {self.offset})"
 
 
+@lru_cache(maxsize=32)
 def storage_dtype(name: str) -> np.dtype[Any]:
     """Return the little-endian NumPy type that holds the elements of the named type."""
     return np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<")
@@ -178,12 +182,47 @@ def check_arrays(arrays: Sequence[LogArray]) -> None:
         seen.add((array.layer, array.field))
 
 
-def lay_out(arrays: Sequence[LogArray]) -> tuple[list[ArrayEntry], int]:
+@dataclass(frozen=True)
+class Layout:
+    """Where the arrays of a payload lie.
+
+    Attributes:
+        entries: One per array.
+        num_bytes: The size of the payload.
+        index: The entries as they stand in the index of a frame.
+        is_gapless: True if every array fills its 8-byte slots.
+    """
+
+    entries: tuple[ArrayEntry, ...]
+    num_bytes: int
+    index: str
+    is_gapless: bool
+
+
+# A measure writes arrays of the same names and shapes over and over.
+_layouts: dict[Hashable, Layout] = {}
+_MAX_LAYOUTS = 64
+
+
+def lay_out(arrays: Sequence[LogArray]) -> Layout:
     """Place arrays one behind the other, each on an 8-byte boundary.
 
-    Returns:
-        The entries, and the size of the payload in bytes.
+    Raises:
+        InvalidInputError: If the log cannot hold one of them.
     """
+    key = tuple(
+        [(a.layer, a.field, a.dtype, a.values.dtype, a.values.shape, tuple(a.dims)) for a in arrays]
+    )
+    layout = _layouts.get(key)
+    if layout is None:
+        check_arrays(arrays)
+        if len(_layouts) >= _MAX_LAYOUTS:
+            _layouts.clear()
+        layout = _layouts[key] = _new_layout(arrays)
+    return layout
+
+
+def _new_layout(arrays: Sequence[LogArray]) -> Layout:
     entries: list[ArrayEntry] = []
     offset = 0
     for array in arrays:
@@ -193,15 +232,21 @@ def lay_out(arrays: Sequence[LogArray]) -> tuple[list[ArrayEntry], int]:
         )
         entries.append(entry)
         offset = _padded(offset + entry.num_bytes)
-    return entries, offset
+    index = [[e.layer, e.field, e.dtype, e.shape, e.dims, e.offset] for e in entries]
+    is_gapless = all(entry.num_bytes % 8 == 0 for entry in entries)
+    return Layout(tuple(entries), offset, json.dumps(index, separators=(",", ":")), is_gapless)
 
 
 def fill_payload(
-    payload: npt.NDArray[np.uint8], entries: Sequence[ArrayEntry], arrays: Sequence[LogArray]
+    payload: npt.NDArray[np.uint8], layout: Layout, arrays: Sequence[LogArray]
 ) -> None:
     """Copy arrays into a payload laid out by `lay_out`; the only copy on the training thread."""
+    flat = _flat_bytes(layout, arrays)
+    if flat:
+        np.concatenate(flat, out=payload)
+        return
     end = 0
-    for entry, array in zip(entries, arrays, strict=True):
+    for entry, array in zip(layout.entries, arrays, strict=True):
         payload[end : entry.offset] = 0
         end = entry.offset + entry.num_bytes
         target = payload[entry.offset : end].view(storage_dtype(entry.dtype)).reshape(entry.shape)
@@ -209,11 +254,20 @@ def fill_payload(
     payload[end:] = 0
 
 
-def encode_index(kind: str, body: dict[str, Any], entries: Sequence[ArrayEntry]) -> bytes:
+def _flat_bytes(layout: Layout, arrays: Sequence[LogArray]) -> list[npt.NDArray[np.uint8]]:
+    """Return the arrays as bytes, if they can be copied in one go; otherwise nothing."""
+    if not layout.is_gapless or sys.byteorder != "little":
+        return []
+    values = [array.values for array in arrays]
+    if not all([v.flags.c_contiguous and v.dtype.isnative for v in values]):
+        return []
+    return [v.reshape(-1).view(np.uint8) for v in values]
+
+
+def encode_index(kind: str, body: dict[str, Any], layout: Layout) -> bytes:
     """Encode the JSON index of a frame, padded with spaces to 8 bytes."""
-    arrays = [[e.layer, e.field, e.dtype, e.shape, e.dims, e.offset] for e in entries]
-    text = json.dumps({"kind": kind, **body, "arrays": arrays}, separators=(",", ":"))
-    encoded = text.encode()
+    head = json.dumps({"kind": kind, **body}, separators=(",", ":"))
+    encoded = f'{head[:-1]},"arrays":{layout.index}}}'.encode()
     return encoded.ljust(_padded(len(encoded)))
 
 

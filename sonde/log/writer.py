@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, RunExistsError
 
-from .frames import LogArray, check_arrays, encode_index, fill_payload, lay_out
+from .frames import LogArray, encode_index, fill_payload, lay_out
 from .journal import Journal
 from .layout import (
     journals,
@@ -274,10 +274,10 @@ class LogWriter:
     def _enqueue(
         self, kind: str, step: int, body: dict[str, Any], arrays: Sequence[LogArray]
     ) -> bool:
-        check_arrays(arrays)
+        layout = lay_out(arrays)
         if self._is_foreign():
             return False
-        entries, num_bytes = lay_out(arrays)
+        num_bytes = layout.num_bytes
         with self._condition:
             if self._is_closing:
                 return False
@@ -296,19 +296,18 @@ class LogWriter:
                 self._lost.add(num_bytes, step, "the memory was full")
                 self.problem = f"records are dropped: there is no memory for {num_bytes} bytes"
                 return False
-        fill_payload(payload, entries, arrays)
-        pending = _Pending(kind, step, encode_index(kind, body, entries), payload)
+        fill_payload(payload, layout, arrays)
+        pending = _Pending(kind, step, encode_index(kind, body, layout), payload)
         with self._condition:
             return self._put(pending)
 
     def _pack(
         self, kind: str, step: int, body: dict[str, Any], arrays: Sequence[LogArray]
     ) -> _Pending:
-        check_arrays(arrays)
-        entries, num_bytes = lay_out(arrays)
-        payload = np.empty(num_bytes, np.uint8)
-        fill_payload(payload, entries, arrays)
-        return _Pending(kind, step, encode_index(kind, body, entries), payload)
+        layout = lay_out(arrays)
+        payload = np.empty(layout.num_bytes, np.uint8)
+        fill_payload(payload, layout, arrays)
+        return _Pending(kind, step, encode_index(kind, body, layout), payload)
 
     def _has_room(self, num_bytes: int) -> bool:
         # An empty queue takes any record, so one larger than the bound is not lost for ever.
@@ -401,7 +400,7 @@ class LogWriter:
                 "last_step": lost.last_step,
                 "reasons": sorted(lost.reasons),
             }
-        index = encode_index("gap", gap, [])
+        index = encode_index("gap", gap, lay_out([]))
         self._journal.append(index, np.empty(0, np.uint8), lost.first_step)
         with self._condition:
             self._lost = _Lost()

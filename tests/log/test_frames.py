@@ -7,9 +7,12 @@ import os
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from sonde.exceptions import FormatError, InvalidInputError
@@ -70,11 +73,11 @@ def assert_nothing_wrong(journal: Path) -> tuple[set[int], list[Damage]]:
 
 def test_journal_has_the_documented_bytes(tmp_path: Path) -> None:
     arrays = [LogArray("loss", np.array([1.5, 2.5], np.float32), ("axis",), "fc")]
-    entries, num_bytes = lay_out(arrays)
-    payload = np.empty(num_bytes, np.uint8)
-    fill_payload(payload, entries, arrays)
+    layout = lay_out(arrays)
+    payload = np.empty(layout.num_bytes, np.uint8)
+    fill_payload(payload, layout, arrays)
     journal = Journal(tmp_path, 7, token=0xABCD)
-    journal.append(encode_index("record", {"measure": "m"}, entries), payload, step=12)
+    journal.append(encode_index("record", {"measure": "m"}, layout), payload, step=12)
     journal.close()
 
     head = b"SONDEJNL" + struct.pack("<IIQQI", 1, 0, 0xABCD, 7, 0)
@@ -93,17 +96,31 @@ def test_journal_has_the_documented_bytes(tmp_path: Path) -> None:
 
 def test_arrays_start_at_multiples_of_eight_bytes() -> None:
     arrays = [LogArray(str(size), np.zeros(size, np.uint8), ("n",)) for size in (1, 0, 8, 9, 3)]
-    entries, num_bytes = lay_out(arrays)
-    assert [entry.offset for entry in entries] == [0, 8, 8, 16, 32]
-    assert num_bytes == 40
+    layout = lay_out(arrays)
+    assert [entry.offset for entry in layout.entries] == [0, 8, 8, 16, 32]
+    assert layout.num_bytes == 40
 
 
 def test_payload_holds_nothing_of_the_buffer_it_reuses() -> None:
     arrays = [LogArray("a", np.ones(3, np.uint8), ("n",)), LogArray("b", np.ones(1), ("n",))]
-    entries, num_bytes = lay_out(arrays)
-    payload = np.full(num_bytes, 255, np.uint8)
-    fill_payload(payload, entries, arrays)
+    layout = lay_out(arrays)
+    payload = np.full(layout.num_bytes, 255, np.uint8)
+    fill_payload(payload, layout, arrays)
     assert payload.tobytes() == b"\1\1\1" + bytes(5) + struct.pack("<d", 1)
+
+
+@pytest.mark.parametrize("transform", [lambda a: a, lambda a: a.T, lambda a: a.astype(">f8")])
+def test_payload_is_the_same_however_the_arrays_lie_in_memory(
+    transform: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
+) -> None:
+    values = np.arange(12.0).reshape(3, 4)
+    given = transform(values)
+    arrays = [LogArray("a", given, ("n", "m")), LogArray("b", given, ("n", "m"))]
+    layout = lay_out(arrays)
+    payload = np.full(layout.num_bytes, 255, np.uint8)
+    fill_payload(payload, layout, arrays)
+    expected = np.ascontiguousarray(given).astype("<f8").tobytes()
+    assert payload.tobytes() == 2 * expected
 
 
 @pytest.mark.parametrize(
@@ -182,7 +199,7 @@ def test_every_flipped_byte_of_a_tiny_journal_is_reported(tmp_path: Path) -> Non
     folder.mkdir()
     writer = Journal(folder, 0, token=1)
     for step in range(3):
-        index = encode_index("record", {"measure": "m", "source": "s"}, [])
+        index = encode_index("record", {"measure": "m", "source": "s"}, lay_out([]))
         writer.append(index, np.full(8, step, np.uint8), step)
     writer.close()
     content = writer.path.read_bytes()
