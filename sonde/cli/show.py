@@ -189,11 +189,17 @@ def _print_coverage(out: Console, coverage: Sequence[Facts]) -> None:
 
 
 def _print_notes(out: Console, facts: Facts) -> None:
+    told = {
+        (coverage["measure"], name)
+        for coverage in facts["coverage"]
+        for name in coverage["not_exact"]
+    }
     missing = [
         f"{note.get('layer', note.get('name', 'something'))} "
         f"({note.get('measure', 'any measure')}): "
         f"{note.get('reason', 'no reason given')}"
         for note in facts["missing"]
+        if (note.get("measure"), note.get("name")) not in told
     ]
     _section(out, "Missing", missing)
     disabled = [
