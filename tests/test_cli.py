@@ -99,6 +99,7 @@ def write_run(path: Path, seed: int, layers: list[str] = LAYERS) -> None:
         "coverage",
         0,
         measure="example_gradients",
+        source="probe",
         parameters={"conv1.weight": "exact", "rnn.w": "unsupported: LSTM on cuDNN"},
     )
     writer.close()
@@ -331,8 +332,8 @@ def test_cka_csv_holds_the_whole_matrix(folder: Path, tmp_path: Path) -> None:
 def test_stiffness_compares_runs(folder: Path, tmp_path: Path) -> None:
     printed = output_of(f"stiffness runs/seed0 runs/seed1 --csv {tmp_path}/out.csv")
     assert printed.startswith(
-        "stiffness within and between classes, all parameters: seed0, seed1, "
-        "20 examples of 'probe'\n"
+        "stiffness within and between classes, 1 of 2 parameters (`sonde show` says why): "
+        "seed0, seed1, 20 examples of 'probe'\n"
     )
     assert printed.count("seed1 ") == 4
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
@@ -376,7 +377,7 @@ def test_seal_turns_journals_into_segments(tmp_path: Path) -> None:
         ("show nowhere", "nowhere does not exist; expected a run directory"),
         ("show runs", "runs is no run directory, but holds some: runs/seed0, runs/seed1"),
         ("ls nowhere", "nowhere does not exist; expected a folder of runs"),
-        ("cka runs/seed0 --layers conv9", "matches 'conv9'.*layers: 'conv1', 'layer1.0.conv2'"),
+        ("cka runs/seed0 --layers conv9", "matches 'conv9'.*layers: conv1, layer1.0.conv2"),
         ("cka runs/seed0 --step 7", "step 7 .*recorded steps: 0, 10, 20, 30"),
         ("cka runs/seed0 --source test", "no source 'test'; it has: probe"),
         ("cka runs/seed0 --figure out.docx", r"`--figure` \(=out.docx\) must end in .*png"),

@@ -47,6 +47,7 @@ def test_the_readme_runs_and_prints_what_it_says(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     printed: str | None = None
+    num_compared = 0
     for language, block in BLOCKS:
         if language == "python":
             output = io.StringIO()
@@ -58,6 +59,8 @@ def test_the_readme_runs_and_prints_what_it_says(
         elif language == "text" and printed:
             same_text(printed, block)
             printed = None
+            num_compared += 1
+    assert num_compared == sum(language == "text" for language, _ in BLOCKS)
 
 
 def test_the_readme_has_blocks_of_each_kind() -> None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, StepNotFoundError
+from sonde.log.measure_log import listing
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog, Run
@@ -80,7 +81,7 @@ def _no_match(log: MeasureLog, pattern: str) -> str:
     hint = f"; did you mean {_quoted(near)}?" if near else ""
     return (
         f"no layer of '{log.measure}' in run '{log.run.name}' matches '{pattern}'{hint}"
-        f"; layers: {_quoted(log.layers) or 'none'}"
+        f"; layers: {listing(log.layers)}"
     )
 
 

@@ -205,7 +205,7 @@ def stiffness(
     return result
 
 
-def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str]:
+def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | int]:
     """Say which parameters the gradients are of, as far as the log says."""
     kinds: dict[str, str] = {}
     for note in run.notes:
@@ -220,9 +220,12 @@ def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str]:
         }
     included = [name for name, kind in kinds.items() if kind == "exact"]
     left_out = [f"{name} ({kind})" for name, kind in kinds.items() if kind != "exact"]
-    if not kinds:
-        return {"parameters": "not stated in the log", "parameters_left_out": ""}
-    return {"parameters": ", ".join(included), "parameters_left_out": ", ".join(left_out)}
+    return {
+        "parameters": ", ".join(included) if kinds else "not stated in the log",
+        "parameters_left_out": ", ".join(left_out),
+        "num_parameters": len(included),
+        "num_unsupported": sum(kind.startswith("unsupported") for kind in kinds.values()),
+    }
 
 
 def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str) -> _Labels:

@@ -137,7 +137,9 @@ def stiffness(
             )
     about = next(iter(found.values())).attrs
     grouped = "within and between classes" if by is By.CLASS else "over all pairs"
-    parameters = "all parameters" if layer is None else f"layer {layer}"
+    parameters = " / ".join(dict.fromkeys(results.parameters_text(r) for r in found.values()))
+    if layer is not None:
+        parameters = f"layer {layer}, {parameters}"
     examples = plural(about["num_examples"], "example")
     where = f"{', '.join(found)}, {examples} of '{about['source']}'"
     typer.echo(f"stiffness {grouped}, {parameters}: {where}")

@@ -78,6 +78,16 @@ def _is_one_side(similarity: xr.DataArray) -> bool:
     return sides[0] == sides[1]
 
 
+def parameters_text(result: xr.Dataset) -> str:
+    """Say how many parameters a stiffness is of, and how many had to be left out."""
+    included, unsupported = result.attrs["num_parameters"], result.attrs["num_unsupported"]
+    if not included + unsupported:
+        return "all recorded parameters"
+    if not unsupported:
+        return plural(included, "parameter")
+    return f"{included} of {included + unsupported} parameters (`sonde show` says why)"
+
+
 def print_stiffness(results: Mapping[str, xr.Dataset]) -> None:
     """Print stiffness over the steps, evenly thinned where there are many."""
     parts = stiffness_columns(results)

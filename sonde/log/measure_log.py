@@ -90,7 +90,7 @@ class MeasureLog:
         if step not in self._records:
             raise StepNotFoundError(
                 f"step {step} of '{self.measure}' was not recorded in run {self.run.name!r}; "
-                f"recorded steps: {_listing(steps)}"
+                f"recorded steps: {listing(steps)}"
             )
         return step
 
@@ -205,7 +205,7 @@ class MeasureLog:
         fields = self._table_fields()
         if field not in fields:
             raise InvalidInputError(
-                f"source '{self.source}' has no table '{field}'; it has: {_listing(fields)}"
+                f"source '{self.source}' has no table '{field}'; it has: {listing(fields)}"
             )
         return self.run._retry(lambda: self._read_table(field))
 
@@ -238,7 +238,7 @@ class MeasureLog:
         if not fields:
             raise LayerNotFoundError(
                 f"layer '{layer}' of '{self.measure}' was not recorded in run "
-                f"{self.run.name!r}; recorded layers: {_listing(self.layers)}"
+                f"{self.run.name!r}; recorded layers: {listing(self.layers)}"
             )
         return fields
 
@@ -313,7 +313,7 @@ class LayerLog:
         return f"<layer {self.name!r}: {', '.join(self.fields)} at {len(self.steps)} steps>"
 
 
-def _listing(items: Sequence[object], limit: int = 12) -> str:
+def listing(items: Sequence[object], limit: int = 12) -> str:
     """List what there is, in a line of reasonable length."""
     texts = [str(item) for item in items]
     if len(texts) > limit:

@@ -181,14 +181,14 @@ def test_layers_of_different_examples_are_refused(activations_run: WriteRun) -> 
 def test_an_unknown_layer_lists_near_names_and_all(run: Run) -> None:
     message = (
         r"no layer of 'activations' in run 'seed0' matches 'conv\.2'; did you mean 'conv\.1', "
-        r"'conv\.0'\?; layers: 'conv\.0', 'conv\.1', 'fc'"
+        r"'conv\.0'\?; layers: conv\.0, conv\.1, fc"
     )
     with pytest.raises(LayerNotFoundError, match=message):
         cka(run, layers=["conv.2"])
 
 
 def test_a_glob_that_matches_nothing_is_refused(run: Run) -> None:
-    with pytest.raises(LayerNotFoundError, match=r"matches 'layer\*'; layers: 'conv.0'"):
+    with pytest.raises(LayerNotFoundError, match=r"matches 'layer\*'; layers: conv.0"):
         cka(run, layers=["fc", "layer*"])
 
 
