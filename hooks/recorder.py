@@ -22,7 +22,7 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError, SondeWarning
 from sonde.log import LogWriter
-from sonde.log.writer import Sync
+from sonde.log.appender import Sync
 
 from . import closing
 from .environment import describe_model, environment, process_rank

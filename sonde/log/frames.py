@@ -1,9 +1,10 @@
 """Frames: the CRC-checked unit a journal is made of.
 
-A journal is a file header followed by frames. A frame is a fixed part, a JSON index and a payload
-of array bytes; both are padded to 8 bytes. One checksum covers the fixed part and the index, a
-second one, stored in the fixed part, covers the payload. Every frame repeats the token of its
-writer, so a frame of another journal is never taken for one of this.
+A journal is a file header followed by frames. A frame is a fixed part, an index in two lines of
+JSON, a checksum for each array, and a payload of array bytes; each is padded to 8 bytes. One
+checksum covers all before the payload. The checksum of an array goes with it into the segment, so
+what was wrong once is never taken for right. Every frame repeats the token of its writer, so a
+frame of another journal is never taken for one of this.
 
 Frame kinds: `record` (what one measure wrote for one step), `table` (arrays that do not depend on
 the step, such as the ids of a probe), `attempt` (who writes), `note` (an event), `gap` (records
@@ -29,13 +30,16 @@ import numpy.typing as npt
 
 from sonde.exceptions import FormatError, InvalidInputError
 
+from .positioned import read_at
+
 FORMAT_VERSION = 1
 
 _FILE_MAGIC = b"SONDEJNL"
 _FILE = struct.Struct("<8sIIQQII")  # magic, version, reserved, token, first sequence, reserved, crc
 FILE_HEADER_BYTES = _FILE.size
 _FRAME_MAGIC = b"\x93SONDE\r\n"
-_FIXED = struct.Struct("<8sIIQQQqII")  # magic, index bytes, reserved, token, payload bytes, …
+# magic; bytes of index, number of arrays; token, payload bytes, sequence, step; reserved, crc
+_FIXED = struct.Struct("<8sIIQQQqII")
 _CHUNK_BYTES = 4 << 20
 
 _NUMPY_DTYPES = frozenset(
@@ -80,16 +84,47 @@ class ArrayEntry:
         return math.prod(self.shape) * storage_dtype(self.dtype).itemsize
 
 
+class Layout:
+    """Where the arrays of a payload lie; shared by all frames whose arrays have the same layout.
+
+    Attributes:
+        entries: One per array.
+        num_bytes: The size of the payload.
+        array_bytes: The size of the arrays alone.
+        index: The entries as they stand in the index of a frame.
+        slots: Where each array starts and, with the zeros behind it, ends.
+        columns: The position of each array among the entries, by layer and field.
+    """
+
+    def __init__(self, entries: tuple[ArrayEntry, ...]) -> None:
+        self.entries = entries
+        sizes = [entry.num_bytes for entry in entries]
+        ends = [_padded(entry.offset + n) for entry, n in zip(entries, sizes, strict=True)]
+        self.num_bytes = max(ends, default=0)
+        self.array_bytes = sum(sizes)
+        items = [[e.layer, e.field, e.dtype, e.shape, e.dims, e.offset] for e in entries]
+        self.index = json.dumps(items, separators=(",", ":"))
+        self.is_gapless = all(size % 8 == 0 for size in sizes)
+        self.slots = [(entry.offset, end) for entry, end in zip(entries, ends, strict=True)]
+        self.columns = {(e.layer, e.field): i for i, e in enumerate(entries)}
+
+    def find(self, layer: str | None, field: str) -> ArrayEntry | None:
+        """Return the entry of an array, if there is one."""
+        column = self.columns.get((layer, field))
+        return None if column is None else self.entries[column]
+
+
 @dataclass(frozen=True)
 class Frame:
-    """A frame that was read and whose checksums hold.
+    """A frame that was read and whose header is valid.
 
     Attributes:
         kind: One of the frame kinds.
         step: The step it speaks of, or -1.
         sequence: Its number in the order of writing, counted over all journals of one writer.
-        body: The JSON index without its arrays.
-        arrays: The arrays of the payload.
+        body: The first line of the index.
+        layout: The arrays of the payload.
+        checksums: One per array, uint32, over its bytes and the zeros behind them.
         payload_offset: Where the payload starts in the file, in bytes.
     """
 
@@ -97,8 +132,14 @@ class Frame:
     step: int
     sequence: int
     body: dict[str, Any]
-    arrays: tuple[ArrayEntry, ...]
+    layout: Layout
+    checksums: npt.NDArray[np.uint32]
     payload_offset: int
+
+    @property
+    def arrays(self) -> tuple[ArrayEntry, ...]:
+        """The arrays of the payload."""
+        return self.layout.entries
 
 
 @dataclass(frozen=True)
@@ -136,6 +177,11 @@ def from_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
         return values
     # Without asarray, an array without axes would become a scalar.
     return np.asarray(values.astype(np.uint32) << 16).view(np.float32)
+
+
+def slot_checksum(raw: bytes | memoryview) -> int:
+    """Return the checksum of an array: of its bytes and of zeros up to a multiple of 8."""
+    return zlib.crc32(b"\0" * (-len(raw) % 8), zlib.crc32(raw))
 
 
 def link_name(name: str) -> str:
@@ -182,23 +228,6 @@ def check_arrays(arrays: Sequence[LogArray]) -> None:
         seen.add((array.layer, array.field))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the arrays of a payload lie.
-
-    Attributes:
-        entries: One per array.
-        num_bytes: The size of the payload.
-        index: The entries as they stand in the index of a frame.
-        is_gapless: True if every array fills its 8-byte slots.
-    """
-
-    entries: tuple[ArrayEntry, ...]
-    num_bytes: int
-    index: str
-    is_gapless: bool
-
-
 # A measure writes arrays of the same names and shapes over and over.
 _layouts: dict[Hashable, Layout] = {}
 _MAX_LAYOUTS = 64
@@ -232,9 +261,7 @@ def _new_layout(arrays: Sequence[LogArray]) -> Layout:
         )
         entries.append(entry)
         offset = _padded(offset + entry.num_bytes)
-    index = [[e.layer, e.field, e.dtype, e.shape, e.dims, e.offset] for e in entries]
-    is_gapless = all(entry.num_bytes % 8 == 0 for entry in entries)
-    return Layout(tuple(entries), offset, json.dumps(index, separators=(",", ":")), is_gapless)
+    return Layout(tuple(entries))
 
 
 def fill_payload(
@@ -265,29 +292,31 @@ def _flat_bytes(layout: Layout, arrays: Sequence[LogArray]) -> list[npt.NDArray[
 
 
 def encode_index(kind: str, body: dict[str, Any], layout: Layout) -> bytes:
-    """Encode the JSON index of a frame, padded with spaces to 8 bytes."""
+    """Encode the index of a frame, two lines of JSON padded with spaces to 8 bytes."""
     head = json.dumps({"kind": kind, **body}, separators=(",", ":"))
-    encoded = f'{head[:-1]},"arrays":{layout.index}}}'.encode()
+    encoded = f"{head}\n{layout.index}".encode()
     return encoded.ljust(_padded(len(encoded)))
 
 
 def encode_header(
-    index: bytes, payload: npt.NDArray[np.uint8], *, token: int, sequence: int, step: int
+    index: bytes,
+    layout: Layout,
+    payload: npt.NDArray[np.uint8],
+    *,
+    token: int,
+    sequence: int,
+    step: int,
 ) -> bytes:
-    """Encode the fixed part of a frame in front of its index, with both checksums."""
+    """Encode all of a frame that stands before its payload."""
+    num_arrays = len(layout.entries)
     fixed = _FIXED.pack(
-        _FRAME_MAGIC,
-        len(index),
-        0,
-        token,
-        payload.nbytes,
-        sequence,
-        step,
-        zlib.crc32(payload.data),
-        0,
-    )
-    checksum = zlib.crc32(index, zlib.crc32(fixed[:-4]))
-    return fixed[:-4] + struct.pack("<I", checksum) + index
+        _FRAME_MAGIC, len(index), num_arrays, token, payload.nbytes, sequence, step, 0, 0
+    )[:-4]
+    whole = payload.data
+    checksums = [zlib.crc32(whole[start:end]) for start, end in layout.slots]
+    table = struct.pack(f"<{num_arrays}I", *checksums).ljust(_padded(4 * num_arrays), b"\0")
+    rest = index + table
+    return fixed + struct.pack("<I", zlib.crc32(rest, zlib.crc32(fixed))) + rest
 
 
 def encode_file_header(token: int, first_sequence: int) -> bytes:
@@ -296,55 +325,89 @@ def encode_file_header(token: int, first_sequence: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
-def scan_journal(fd: int, name: str) -> Iterator[Frame | Damage]:
-    """Yield every valid frame of a journal, and what lies between them as damage.
+def scan_journal(fd: int, name: str, *, verify: bool = True) -> Iterator[Frame | Damage]:
+    """Yield every valid frame of a journal, and what lies between them as damage; see `Scan`."""
+    return Scan(name, verify=verify).advance(fd)
 
-    After damage the scan goes on at the next valid frame, so one flipped byte costs one record.
+
+class Scan:
+    """A reading of one journal, which can go on where the file has grown.
+
+    After damage it goes on at the next valid frame, so one flipped byte costs one record.
 
     Args:
-        fd: The open journal.
-        name: How damage reports name it.
-
-    Yields:
-        Frames in order of their sequence, and damage where it stands.
-
-    Raises:
-        FormatError: If the journal is of a newer format.
+        name: How damage reports name the journal.
+        verify: Check the arrays too, not only what stands before them.
     """
-    size = os.fstat(fd).st_size
-    token, expected, damage = _read_file_header(fd, name, size)
-    if damage is not None:
-        yield damage
-    offset = min(_FILE.size, size)
-    last_sequence = -1
-    while offset < size:
-        parsed = _read_frame(fd, offset, size)
+
+    def __init__(self, name: str, *, verify: bool = True) -> None:
+        self._name = name
+        self._verify = verify
+        self._token: int | None = None
+        self._offset = 0
+        self._expected: int | None = None  # The next sequence, unless damage stands before it.
+        self._last_sequence = -1
+
+    def advance(self, fd: int) -> Iterator[Frame | Damage]:
+        """Yield what was not yielded before.
+
+        What follows the last valid frame may be a record on its way: it is yielded as damage with
+        `is_tail`, and read again by the next call.
+
+        Args:
+            fd: The open journal.
+
+        Yields:
+            Frames in order of their sequence, and damage where it stands.
+
+        Raises:
+            FormatError: If the journal is of a newer format.
+        """
+        size = os.fstat(fd).st_size
+        if self._offset == 0:
+            self._token, self._expected, damage = _read_file_header(fd, self._name, size)
+            if damage is not None:
+                yield damage
+                if damage.is_tail:
+                    return
+            self._offset = _FILE.size
+        while self._offset < size:
+            item = self._next(fd, size)
+            if isinstance(item, Frame):
+                if self._expected is not None and item.sequence > self._expected:
+                    missing = f"frames {self._expected} to {item.sequence - 1} are missing"
+                    reason = f"{missing} before {describe(item)}"
+                    yield Damage(self._name, self._start, 0, reason)
+                self._last_sequence, self._expected = item.sequence, item.sequence + 1
+            yield item
+            if isinstance(item, Damage):
+                if item.is_tail:
+                    return
+                self._expected = None
+
+    def _next(self, fd: int, size: int) -> Frame | Damage:
+        """Read the frame or damage at the offset, and go on behind it."""
+        self._start = self._offset
+        parsed = _read_frame(fd, self._start, size)
         if isinstance(parsed, str):
-            following = _find_frame(fd, offset + 1, size)
-            end = size if following is None else following
-            yield Damage(name, offset, end - offset, parsed, is_tail=following is None)
-            offset, expected = end, None
-            continue
-        frame, frame_token, end, payload_is_valid = parsed
-        if token is None:
-            token = frame_token
+            following = _find_frame(fd, self._start + 1, size)
+            if following is None:
+                return Damage(self._name, self._start, size - self._start, parsed, is_tail=True)
+            self._offset = following
+            return Damage(self._name, self._start, following - self._start, parsed)
+        frame, token, self._offset = parsed
+        if self._token is None:
+            self._token = token
         problem = None
-        if not payload_is_valid:
+        if self._verify and not _payload_is_valid(fd, frame):
             problem = f"the payload of {describe(frame)} does not match its checksum"
-        elif frame_token != token:
+        elif token != self._token:
             problem = f"{describe(frame)} belongs to another journal"
-        elif frame.sequence <= last_sequence:
+        elif frame.sequence <= self._last_sequence:
             problem = f"{describe(frame)} is out of order"
-        if problem is not None:
-            yield Damage(name, offset, end - offset, problem)
-            offset, expected = end, None
-            continue
-        if expected is not None and frame.sequence > expected:
-            missing = f"frames {expected} to {frame.sequence - 1} are missing"
-            yield Damage(name, offset, 0, f"{missing} before {describe(frame)}")
-        last_sequence, expected = frame.sequence, frame.sequence + 1
-        yield frame
-        offset = end
+        if problem is None:
+            return frame
+        return Damage(self._name, self._start, self._offset - self._start, problem)
 
 
 def describe(frame: Frame) -> str:
@@ -366,7 +429,7 @@ def _read_file_header(
     Raises:
         FormatError: If the journal is of a newer format.
     """
-    head = os.pread(fd, _FILE.size, 0)
+    head = read_at(fd, _FILE.size, 0)
     if len(head) == _FILE.size:
         magic, version, _, token, first_sequence, _, checksum = _FILE.unpack(head)
         if magic == _FILE_MAGIC and zlib.crc32(head[:-4]) == checksum:
@@ -381,48 +444,67 @@ def _read_file_header(
     return None, None, Damage(name, 0, min(size, _FILE.size), reason, is_tail)
 
 
-def _read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int, bool] | str:
-    """Read the frame at `offset`: (frame, token, end, payload is valid), or what is wrong."""
-    fixed = os.pread(fd, _FIXED.size, offset)
+def _read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int] | str:
+    """Read the frame at `offset` but not its payload: (frame, token, end), or what is wrong."""
+    fixed = read_at(fd, _FIXED.size, offset)
     if len(fixed) < _FIXED.size:
         return "a record ends inside its header"
-    magic, index_bytes, _, token, payload_bytes, sequence, step, payload_crc, header_crc = (
+    magic, index_bytes, num_arrays, token, payload_bytes, sequence, step, _, header_crc = (
         _FIXED.unpack(fixed)
     )
-    index_end = offset + _FIXED.size + index_bytes
-    if magic != _FRAME_MAGIC or index_end > size:
+    rest_bytes = index_bytes + _padded(4 * num_arrays)
+    payload_offset = offset + _FIXED.size + rest_bytes
+    if magic != _FRAME_MAGIC or payload_offset > size:
         return "no valid record header"
-    index = os.pread(fd, index_bytes, offset + _FIXED.size)
-    if zlib.crc32(index, zlib.crc32(fixed[:-4])) != header_crc:
+    rest = read_at(fd, rest_bytes, offset + _FIXED.size)
+    if zlib.crc32(rest, zlib.crc32(fixed[:-4])) != header_crc:
         return "a record header does not match its checksum"
-    if index_end + payload_bytes > size:
+    if payload_offset + payload_bytes > size:
         return f"record {sequence} ends inside its payload"
-    body = json.loads(index)
-    arrays = tuple(
-        ArrayEntry(layer, field, dtype, tuple(shape), tuple(dims), start)
-        for layer, field, dtype, shape, dims, start in body.pop("arrays")
+    head, _, arrays = rest[:index_bytes].partition(b"\n")
+    body = json.loads(head)
+    layout = _parse_layout(arrays.rstrip())
+    checksums = np.frombuffer(rest, "<u4", num_arrays, index_bytes)
+    frame = Frame(body.pop("kind"), step, sequence, body, layout, checksums, payload_offset)
+    return frame, token, payload_offset + payload_bytes
+
+
+@lru_cache(maxsize=_MAX_LAYOUTS)
+def _parse_layout(arrays: bytes) -> Layout:
+    return Layout(
+        tuple(
+            ArrayEntry(layer, field, dtype, tuple(shape), tuple(dims), start)
+            for layer, field, dtype, shape, dims, start in json.loads(arrays)
+        )
     )
-    frame = Frame(body.pop("kind"), step, sequence, body, arrays, index_end)
-    is_valid = _checksum(fd, index_end, payload_bytes) == payload_crc
-    return frame, token, index_end + payload_bytes, is_valid
 
 
-def _checksum(fd: int, offset: int, num_bytes: int) -> int:
-    checksum = 0
-    end = offset + num_bytes
-    while offset < end:
-        chunk = os.pread(fd, min(_CHUNK_BYTES, end - offset), offset)
-        if not chunk:
-            return -1
-        checksum = zlib.crc32(chunk, checksum)
-        offset += len(chunk)
-    return checksum
+def _payload_is_valid(fd: int, frame: Frame) -> bool:
+    actual = _slot_checksums(fd, frame.payload_offset, frame.layout)
+    return all(a == b for a, b in zip(actual, frame.checksums.tolist(), strict=True))
+
+
+def _slot_checksums(fd: int, payload_offset: int, layout: Layout) -> Iterator[int]:
+    """Yield the checksum of each array as it stands in the file, with the zeros behind it."""
+    window, window_start = memoryview(b""), 0
+    for start, end in layout.slots:
+        checksum = 0
+        while start < end:
+            if not window_start <= start < window_start + len(window):
+                window = memoryview(read_at(fd, _CHUNK_BYTES, payload_offset + start))
+                window_start = start
+                if not window:
+                    break  # The file became shorter.
+            piece = window[start - window_start : end - window_start]
+            checksum = zlib.crc32(piece, checksum)
+            start += len(piece)
+        yield checksum
 
 
 def _find_frame(fd: int, offset: int, size: int) -> int | None:
     """Return where the next frame with a valid header and a whole payload starts, if any."""
     while offset < size:
-        chunk = os.pread(fd, _CHUNK_BYTES, offset)
+        chunk = read_at(fd, _CHUNK_BYTES, offset)
         position = chunk.find(_FRAME_MAGIC)
         while position >= 0:
             if not isinstance(_read_frame(fd, offset + position, size), str):

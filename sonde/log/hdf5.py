@@ -1,342 +1,179 @@
-"""Segments, as they are written: the frames of a journal as one HDF5 file.
+"""HDF5 the way sonde writes it: contiguous or chunked datasets whose axes have names.
 
-Each measure × source is a group `measure/source`; in it each stream (a field of a layer, or a field
-alone) is a contiguous dataset whose first axis is the record, named `layer:field` or `field`. Axes
-carry HDF5 dimension scales, so that h5py, xarray (engine h5netcdf) and `h5dump` show names.
-`/metadata` holds what is not an array, and where each array lies, as JSON in uint8.
+Axes carry HDF5 dimension scales, so that h5py, xarray (engine h5netcdf) and `h5dump` show names.
+The attributes that tie a dataset to its scales are written directly: libhdf5's own function
+rewrites the list of references at every call, which takes seconds for a thousand datasets.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence, Set
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import FormatError
-
-from .frames import (
-    FORMAT_VERSION,
-    ArrayEntry,
-    Frame,
-    link_name,
-    storage_dtype,
-    stream_name,
-)
-from .segment import append_trailer
+from .frames import link_name, storage_dtype
 
 _COORDINATES = {"example": "id", "other_example": "id"}
-# Names of a segment's own. No stream is called so, and none contains "::", which sets helpers
-# apart.
-_ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
-_TABLE_NAMES = {"sequence", "presence", "crc32"}
-_DIMENSION_NAMES = {"step", "stream", "axis", "element"}
+_TABLE_NAMES = frozenset("sequence presence crc32 streams offsets".split())
+# Names of a group's own. No stream is called so, and none contains "::", which sets helpers apart.
+RESERVED_NAMES = _TABLE_NAMES | frozenset("step stream axis element byte".split())
+_REFERENCES = h5py.vlen_dtype(h5py.ref_dtype)
+_BACK_REFERENCE = np.dtype([("dataset", h5py.ref_dtype), ("dimension", np.int32)])
 
 
-class _Journaled:
-    """The arrays of a journal's frames, in memory-mapped form."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        # As a plain array: slices of a memmap object cost ten times as much.
-        self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(file, np.uint8, "r"))
-
-    def raw(self, frame: Frame, entry: ArrayEntry) -> npt.NDArray[np.uint8]:
-        start = frame.payload_offset + entry.offset
-        return self._bytes[start : start + entry.num_bytes]
-
-    def array(self, frame: Frame, entry: ArrayEntry) -> npt.NDArray[Any]:
-        return self.raw(frame, entry).view(storage_dtype(entry.dtype)).reshape(entry.shape)
-
-
-def write_segment(
-    path: Path, journal: BinaryIO, frames: Sequence[Frame], damage: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write the frames of one journal as a segment, with its trailer, and force it to the disk.
+class NamedGroup:
+    """A group of an HDF5 file being written, whose datasets share dimension scales.
 
     Args:
-        path: The file to write; it must not exist.
-        journal: The open journal the frames were read from; another sealer may delete it.
-        frames: Its valid frames, in order.
-        damage: What could not be read, for the metadata.
-
-    Raises:
-        FormatError: If one stream has several element types.
-        OSError: If it cannot be written.
+        group: The group.
+        coordinates: Arrays of the source, such as `id`, that become the values of a scale.
+        reserved: Names that no stream may have.
     """
-    arrays = _Journaled(journal)
-    tables = {frame.body["name"]: frame for frame in frames if frame.kind == "table"}
-    grouped: dict[tuple[str, str], list[Frame]] = {}
-    for frame in frames:
-        if frame.kind == "record":
-            grouped.setdefault((frame.body["measure"], frame.body["source"]), []).append(frame)
-    with h5py.File(path, "x", libver=("v108", "v108")) as file:
-        file.attrs["sonde_format"] = FORMAT_VERSION
-        metadata = {
-            "format": FORMAT_VERSION,
-            "first_sequence": frames[0].sequence,
-            "end_sequence": frames[-1].sequence + 1,
-            "frames": [_without_arrays(f) for f in frames if f.kind not in ("record", "table")],
-            "tables": [_write_table(file, arrays, frame) for frame in tables.values()],
-            "groups": [
-                _write_group(file, arrays, key, records, tables.get(key[1]))
-                for key, records in grouped.items()
-            ],
-            "damage": list(damage),
-        }
-        offset, encoded = _write_metadata(file, metadata)
-    append_trailer(path, offset, encoded)
-
-
-def _without_arrays(frame: Frame) -> dict[str, Any]:
-    return {"kind": frame.kind, "step": frame.step, "sequence": frame.sequence, **frame.body}
-
-
-def _write_metadata(file: h5py.File, metadata: Mapping[str, Any]) -> tuple[int, bytes]:
-    """Write the metadata; return where it lies in the file, and what was written."""
-    encoded = json.dumps(metadata, separators=(",", ":")).encode()
-    file["metadata"] = np.frombuffer(encoded, np.uint8)
-    scale = _dimension(file, "metadata_byte", len(encoded))
-    file["metadata"].dims[0].attach_scale(scale)
-    return _offset(file["metadata"]), encoded
-
-
-def _write_table(file: h5py.File, arrays: _Journaled, frame: Frame) -> dict[str, Any]:
-    group = file.require_group(f"tables/{link_name(frame.body['name'])}")
-    scales: dict[tuple[str, int], h5py.Dataset] = {}
-    dims = {link_name(dim) for entry in frame.arrays for dim in entry.dims}
-    entries = []
-    for entry in frame.arrays:
-        name = _stream_dataset_name(group, link_name(entry.field), dims)
-        dataset = group.create_dataset(
-            name, entry.shape, _hdf5_type(entry.dtype), track_times=False
-        )
-        values = arrays.array(frame, entry)
-        _write_raw(dataset, values, entry.dtype)
-        for axis, (dim, size) in enumerate(zip(entry.dims, entry.shape, strict=True)):
-            if (dim, size) not in scales:
-                name = _dimension_name(group, scales, dim, size)
-                scales[dim, size] = _dimension(group, name, size)
-            dataset.dims[axis].attach_scale(scales[dim, size])
-        place = _place(dataset, values, entry.dtype)
-        entries.append({"field": entry.field, "dims": entry.dims, "path": dataset.name, **place})
-    return {"name": frame.body["name"], "attributes": frame.body["attributes"], "arrays": entries}
-
-
-def _write_group(
-    file: h5py.File,
-    arrays: _Journaled,
-    key: tuple[str, str],
-    records: Sequence[Frame],
-    table: Frame | None,
-) -> dict[str, Any]:
-    measure, source = key
-    top = f"{measure}::measure" if measure in _ROOT_NAMES else link_name(measure)
-    group = file.create_group(f"{top}/{link_name(source)}")
-    by_stream: dict[tuple[str | None, str], list[tuple[int, Frame, ArrayEntry]]] = {}
-    for row, frame in enumerate(records):
-        for entry in frame.arrays:
-            by_stream.setdefault((entry.layer, entry.field), []).append((row, frame, entry))
-    writer = _GroupWriter(group, arrays, records, table, len(by_stream))
-    streams = [writer.write(column, cells) for column, cells in enumerate(by_stream.values())]
-    return {
-        "path": group.name,
-        **writer.finish(),
-        "measure": measure,
-        "source": source,
-        "streams": streams,
-        "records": [
-            {
-                "step": frame.step,
-                "sequence": frame.sequence,
-                "time": frame.body.get("time"),
-                "attributes": frame.body.get("attributes", {}),
-            }
-            for frame in records
-        ],
-    }
-
-
-class _GroupWriter:
-    """Writes the streams of one measure × source."""
 
     def __init__(
         self,
         group: h5py.Group,
-        arrays: _Journaled,
-        records: Sequence[Frame],
-        table: Frame | None,
-        num_streams: int,
+        coordinates: Mapping[str, npt.NDArray[Any]] | None = None,
+        reserved: Set[str] = RESERVED_NAMES,
     ) -> None:
-        self._group = group
-        self._arrays = arrays
-        self._num_records = len(records)
-        self._coordinates: dict[str, npt.NDArray[Any]] = {}
-        if table is not None:
-            self._coordinates = {e.field: arrays.array(table, e) for e in table.arrays}
-        dims = {link_name(dim) for f in records for e in f.arrays for dim in e.dims}
-        self._reserved = _TABLE_NAMES | _DIMENSION_NAMES | dims
+        self.group = group
+        self._coordinates = coordinates or {}
+        self._reserved = reserved
         self._scales: dict[tuple[str, int], h5py.Dataset] = {}
-        self._presence = np.zeros((len(records), num_streams), np.uint8)
-        self._checksums = np.zeros((len(records), num_streams), "<u4")
-        group["step"] = np.array([frame.step for frame in records], "<i8")
-        group["step"].make_scale("step")
-        self._scales["step", len(records)] = group["step"]
-        group["sequence"] = np.array([frame.sequence for frame in records], "<i8")
-        group["sequence"].dims[0].attach_scale(group["step"])
+        self._attached: dict[tuple[str, int], list[tuple[h5py.Reference, int]]] = {}
 
-    def write(self, column: int, cells: list[tuple[int, Frame, ArrayEntry]]) -> dict[str, Any]:
-        """Write one stream; `cells` holds a row, frame and entry per record that has it.
+    def free_name(self, label: str) -> str:
+        """Return a name for the dataset of a stream; one that is taken gets a suffix."""
+        return f"{label}::data" if label in self._reserved or label in self.group else label
 
-        Raises:
-            FormatError: If it has several element types.
+    def add_scale(self, dim: str, values: npt.NDArray[Any]) -> None:
+        """Write the values of a dimension."""
+        self.group[dim] = values
+        self.group[dim].make_scale(dim)
+        self._scales[dim, len(values)] = self.group[dim]
+
+    def create(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        dims: Sequence[str],
+        creation: h5py.h5p.PropDCID,
+    ) -> h5py.h5d.DatasetID:
+        """Create a dataset, without writing it.
+
+        Args:
+            name: Its name.
+            shape: Its shape.
+            dtype: The element type.
+            dims: One name per axis.
+            creation: How it is stored.
         """
-        first = cells[0][2]
-        label = stream_name(first.layer, first.field)
-        name = _stream_dataset_name(self._group, label, self._reserved)
-        for row, frame, entry in cells:
-            self._presence[row, column] = 1
-            self._checksums[row, column] = zlib.crc32(self._arrays.raw(frame, entry).data)
-        dtypes = {entry.dtype for _, _, entry in cells}
-        if len(dtypes) > 1:
-            raise FormatError(f"'{label}' is stored with dtypes {', '.join(sorted(dtypes))}")
-        dtype = first.dtype
-        is_dense = len({entry.shape for _, _, entry in cells}) == 1
-        write = self._write_dense if is_dense else self._write_ragged
-        dataset, shapes = write(name, cells, dtype)
-        dataset.attrs["field"] = np.bytes_(first.field.encode())
-        if first.layer is not None:
-            dataset.attrs["layer"] = np.bytes_(first.layer.encode())
-        return {
-            "layer": first.layer,
-            "field": first.field,
-            "dtype": dtype,
-            "dims": first.dims,
-            "shape": first.shape if is_dense else None,
-            "path": name,
-            "offset": _offset(dataset),
-            "shapes": shapes,
-        }
+        space = h5py.h5s.create_simple(shape)
+        dataset = h5py.h5d.create(self.group.id, name.encode(), hdf5_type(dtype), space, creation)
+        self._attach(dataset, shape, dims)
+        return dataset
 
-    def finish(self) -> dict[str, Any]:
-        """Write the tables of which record has which stream, and with which checksum."""
-        return {
-            "presence": self._write_table("presence", self._presence, ("step", "stream")),
-            "checksums": self._write_table("crc32", self._checksums, ("step", "stream")),
-        }
+    def write(
+        self, name: str, values: npt.NDArray[Any], dims: Sequence[str], dtype: str | None = None
+    ) -> h5py.h5d.DatasetID:
+        """Write a small array as a contiguous dataset.
 
-    def _write_table(
-        self, name: str, values: npt.NDArray[Any], dims: Sequence[str]
-    ) -> dict[str, Any]:
-        self._group[name] = values
-        self._attach(self._group[name], dims)
-        return _place(self._group[name], values, values.dtype.name)
+        Args:
+            name: Its name.
+            values: The array.
+            dims: One name per axis.
+            dtype: The element type, when it is not the one of `values` (`bfloat16`).
+        """
+        dataset = self.create(name, values.shape, dtype or values.dtype.name, dims, contiguous())
+        write_raw(dataset, values)
+        return dataset
 
-    def _write_dense(
-        self, name: str, cells: list[tuple[int, Frame, ArrayEntry]], dtype: str
-    ) -> tuple[h5py.Dataset, None]:
-        shape = cells[0][2].shape
-        storage = storage_dtype(dtype)
-        block = np.zeros((self._num_records, *shape), storage)
-        if len(cells) < self._num_records and dtype.startswith("float"):
-            block[...] = np.nan
-        for row, frame, entry in cells:
-            block[row] = self._arrays.array(frame, entry)
-        dataset = self._group.create_dataset(
-            name, block.shape, _hdf5_type(dtype), track_times=False
-        )
-        _write_raw(dataset, block, dtype)
-        self._attach(dataset, ("step", *cells[0][2].dims))
-        return dataset, None
+    def finish(self) -> None:
+        """Tell the scales which datasets they belong to; to be called last."""
+        for key, attached in self._attached.items():
+            references = np.array(attached, dtype=_BACK_REFERENCE)
+            self._scales[key].attrs.create("REFERENCE_LIST", references)
 
-    def _write_ragged(
-        self, name: str, cells: list[tuple[int, Frame, ArrayEntry]], dtype: str
-    ) -> tuple[h5py.Dataset, dict[str, Any]]:
-        flat = np.concatenate([self._arrays.array(frame, e).ravel() for _, frame, e in cells])
-        num_axes = max(len(entry.shape) for _, _, entry in cells)
-        shapes = np.full((self._num_records, num_axes), -1, "<i8")
-        for row, _, entry in cells:
-            shapes[row, : len(entry.shape)] = entry.shape
-        dataset = self._group.create_dataset(name, flat.shape, _hdf5_type(dtype), track_times=False)
-        _write_raw(dataset, flat, dtype)
-        self._attach(dataset, ("element",))
-        return dataset, self._write_table(f"{name}::shape", shapes, ("step", "axis"))
-
-    def _attach(self, dataset: h5py.Dataset, dims: Sequence[str]) -> None:
-        for axis, (dim, size) in enumerate(zip(dims, dataset.shape, strict=True)):
-            if (dim, size) not in self._scales:
-                self._scales[dim, size] = self._new_scale(dim, size)
-            dataset.dims[axis].attach_scale(self._scales[dim, size])
+    def _attach(
+        self, dataset: h5py.h5d.DatasetID, shape: tuple[int, ...], dims: Sequence[str]
+    ) -> None:
+        if not dims:
+            return
+        reference = h5py.h5r.create(dataset, b".", h5py.h5r.OBJECT)
+        scales = np.empty(len(dims), _REFERENCES)
+        for axis, key in enumerate(zip(dims, shape, strict=True)):
+            if key not in self._scales:
+                self._scales[key] = self._new_scale(*key)
+            scales[axis] = np.array([self._scales[key].ref], h5py.ref_dtype)
+            self._attached.setdefault(key, []).append((reference, axis))
+        space = h5py.h5s.create_simple((len(dims),))
+        kind = h5py.h5t.vlen_create(h5py.h5t.STD_REF_OBJ)
+        attribute = h5py.h5a.create(dataset, b"DIMENSION_LIST", kind, space)
+        attribute.write(scales, mtype=h5py.h5t.py_create(scales.dtype))
 
     def _new_scale(self, dim: str, size: int) -> h5py.Dataset:
-        name = _dimension_name(self._group, self._scales, dim, size)
+        name = self._scale_name(dim, size)
         ids = self._coordinates.get(_COORDINATES.get(dim, ""))
         if name == dim and ids is not None and ids.shape == (size,):
-            self._group[name] = ids
-            self._group[name].make_scale(name)
-            return self._group[name]
-        return _dimension(self._group, name, size)
+            self.group[name] = ids
+            self.group[name].make_scale(name)
+            return self.group[name]
+        # A size but no values, the way netCDF-4 writes a dimension.
+        scale = self.group.create_dataset(name, (size,), np.int8, track_times=False)
+        scale.make_scale(f"This is a netCDF dimension but not a netCDF variable. {size:9d}")
+        return scale
+
+    def _scale_name(self, dim: str, size: int) -> str:
+        """Name a dimension; a second size of the same name is told apart by its size."""
+        name = link_name(dim)
+        if any(known == dim for known, _ in self._scales):
+            name = f"{name}_{size}"
+        while name in self.group or name in _TABLE_NAMES:
+            name += "_"
+        return name
 
 
-def _stream_dataset_name(group: h5py.Group, label: str, reserved: Set[str]) -> str:
-    """Name the dataset of a stream by its label, unless something else is called so."""
-    return f"{label}::data" if label in reserved or label in group else label
+def contiguous() -> h5py.h5p.PropDCID:
+    """Return how a dataset is stored in one piece, whose place is known before it is written."""
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)
+    return creation
 
 
-def _dimension_name(
-    group: h5py.Group, scales: Mapping[tuple[str, int], object], dim: str, size: int
-) -> str:
-    """Name a dimension; a second size of the same name is told apart by its size."""
-    name = link_name(dim)
-    if any(known == dim for known, _ in scales):
-        name = f"{name}_{size}"
-    while name in group or name in _TABLE_NAMES:
-        name += "_"
-    return name
+def set_text(dataset: h5py.h5d.DatasetID, name: str, text: str) -> None:
+    """Write an attribute of text, in UTF-8."""
+    encoded = text.encode() or b"\0"
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(len(encoded))
+    kind.set_cset(h5py.h5t.CSET_UTF8)
+    attribute = h5py.h5a.create(dataset, name.encode(), kind, h5py.h5s.create(h5py.h5s.SCALAR))
+    attribute.write(np.array(encoded, f"S{len(encoded)}"), mtype=kind)
 
 
-def _dimension(group: h5py.Group, name: str, size: int) -> h5py.Dataset:
-    """Create a dimension that has a size but no values, the way netCDF-4 writes one."""
-    dataset = group.create_dataset(name, (size,), np.int8, track_times=False)
-    dataset.make_scale(f"This is a netCDF dimension but not a netCDF variable. {size:9d}")
-    return dataset
-
-
-def _place(dataset: h5py.Dataset, values: npt.NDArray[Any], dtype: str) -> dict[str, Any]:
-    """Say where an array that is read as a whole lies, and its checksum."""
-    return {
-        "offset": _offset(dataset),
-        "dtype": dtype,
-        "shape": dataset.shape,
-        "crc32": zlib.crc32(np.ascontiguousarray(values).tobytes()),
-    }
-
-
-def _offset(dataset: h5py.Dataset) -> int:
+def offset_of(dataset: h5py.h5d.DatasetID) -> int:
     """Return where a contiguous dataset starts in the file; an empty one starts nowhere."""
-    return dataset.id.get_offset() or 0
+    return dataset.get_offset() or 0
 
 
-def _hdf5_type(dtype: str) -> Any:  # h5py takes a NumPy dtype or a type object of its own here.
+def hdf5_type(dtype: str) -> h5py.h5t.TypeID:
+    """Return the HDF5 type of an element type of the log."""
     if dtype != "bfloat16":
-        return storage_dtype(dtype)
+        return h5py.h5t.py_create(storage_dtype(dtype), logical=True)
     kind = h5py.h5t.IEEE_F32LE.copy()
     kind.set_fields(15, 7, 8, 0, 7)
     kind.set_size(2)
     kind.set_ebias(127)
-    return h5py.Datatype(kind)
+    return kind
 
 
-def _write_raw(dataset: h5py.Dataset, values: npt.NDArray[Any], dtype: str) -> None:
-    if not values.size:
-        return
-    contiguous = np.ascontiguousarray(values).reshape(values.shape)
-    if dtype == "bfloat16":
-        # The memory type is the file's, so libhdf5 converts nothing.
-        dataset.id.write(h5py.h5s.ALL, h5py.h5s.ALL, contiguous, dataset.id.get_type())
-    else:
-        dataset[...] = contiguous
+def write_raw(dataset: h5py.h5d.DatasetID, values: npt.NDArray[Any]) -> None:
+    """Write a whole dataset as it is in memory; libhdf5 converts nothing."""
+    if values.size:
+        contiguous_values = np.ascontiguousarray(values).reshape(values.shape)
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, contiguous_values, dataset.get_type())

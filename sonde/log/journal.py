@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .frames import encode_file_header, encode_header
+from .frames import Layout, encode_file_header, encode_header
+from .positioned import write_at
 
 
 class Journal:
@@ -38,14 +38,16 @@ class Journal:
             self.path.unlink(missing_ok=True)
             raise
 
-    def append(self, index: bytes, payload: npt.NDArray[np.uint8], step: int) -> int:
+    def append(
+        self, index: bytes, layout: Layout, payload: npt.NDArray[np.uint8], step: int
+    ) -> int:
         """Append one frame and return its sequence number.
 
         Raises:
             OSError: If the frame could not be written; the file is as it was before.
         """
         header = encode_header(
-            index, payload, token=self._token, sequence=self.next_sequence, step=step
+            index, layout, payload, token=self._token, sequence=self.next_sequence, step=step
         )
         self._write([memoryview(header), payload.data])
         self.next_sequence += 1
@@ -55,9 +57,9 @@ class Journal:
         """Close the file; what was appended stays."""
         os.close(self._fd)
 
-    def _write(self, buffers: list[memoryview[Any]]) -> None:
+    def _write(self, buffers: list[memoryview]) -> None:
         try:
-            end = _write_all(self._fd, buffers, self.num_bytes)
+            end = write_at(self._fd, buffers, self.num_bytes)
             # A deleted file takes every write without an error and loses all of them.
             if os.fstat(self._fd).st_nlink == 0:
                 raise FileNotFoundError(f"{self.path} was deleted")
@@ -72,20 +74,3 @@ class Journal:
         except OSError:
             # The torn frame stays behind the last whole one, and the next append overwrites it.
             return
-
-
-def _write_all(fd: int, buffers: list[memoryview[Any]], offset: int) -> int:
-    """Write the buffers at `offset`, however short the single writes are; return where they end."""
-    pending = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-    while pending:
-        if hasattr(os, "pwritev"):
-            count = os.pwritev(fd, pending, offset)
-        else:
-            os.lseek(fd, offset, os.SEEK_SET)
-            count = os.write(fd, pending[0])
-        offset += count
-        while pending and count >= pending[0].nbytes:
-            count -= pending.pop(0).nbytes
-        if count:
-            pending[0] = pending[0][count:]
-    return offset

@@ -51,20 +51,22 @@ def segment_path(folder: Path, first_sequence: int, end: int) -> Path:
     return folder / f"{first_sequence:012d}-{end:012d}.h5"
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Lock a writer's folder for as long as its process lives.
+def lock_path(path: Path) -> int | None:
+    """Wait for the lock of a file or folder, and hold it for as long as this process lives.
+
+    A writer locks its folder, so that others see that it lives; a sealer locks the journal it
+    seals.
 
     Returns:
-        The file descriptor that holds the lock, or None where folders cannot be locked.
+        The file descriptor that holds the lock, or None where it is gone or cannot be locked.
     """
     try:
         import fcntl
 
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
     except (ImportError, OSError):
         return None
     try:
-        # The folder is new: at most a reader holds it, for the instant of `is_being_written`.
         fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError:
         os.close(fd)
@@ -72,7 +74,7 @@ def lock_folder(folder: Path) -> int | None:
     return fd
 
 
-def unlock_folder(fd: int) -> None:
+def unlock(fd: int) -> None:
     """Release a lock, also where a forked child still holds a copy of its file descriptor."""
     import fcntl
 

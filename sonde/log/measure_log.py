@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, StepNotFoundError
 
-from .reader import Record, StreamKey, StreamShape
+from .parts import Record, StreamKey, StreamShape
 
 if TYPE_CHECKING:
     from .run import Run

@@ -1,173 +1,29 @@
 """The reading side of a log: every valid record of a run, from segments and journals alike.
 
-`read_index` lists what is there without loading arrays; a `Part` is one measure × source of one
-file and reads single arrays from it. Sealed segments are taken first, then journals; a record that
-stands in both (its journal was sealed but not deleted yet) counts once.
+An `Index` lists what is there without loading arrays, and lists it again at the cost of what is
+new. Sealed segments are taken first, then journals; a record that stands in both (its journal was
+sealed but not deleted yet) counts once.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import DamageError, FormatError
+from sonde.exceptions import DamageError
 
-from .frames import (
-    FILE_HEADER_BYTES,
-    ArrayEntry,
-    Damage,
-    Frame,
-    from_storage,
-    scan_journal,
-    storage_dtype,
-)
+from .frames import FILE_HEADER_BYTES, Damage, Frame, Scan
 from .layout import is_being_written, journals, segments, writer_folders
-from .segment import Segment, SegmentFile, SegmentRecords, Stream, identify
-
-StreamKey = tuple[str | None, str]
-"""A stream is named by its layer, or None, and its field."""
-
-
-@dataclass(frozen=True)
-class StreamShape:
-    """What one array of one record is."""
-
-    dtype: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of the array in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * storage_dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record: where it is and what it says of itself."""
-
-    step: int
-    sequence: int
-    time: float | None
-    attributes: dict[str, Any]
-    part: Part
-    row: int
-
-
-class Part(ABC):
-    """The records of one measure × source in one file."""
-
-    records: list[Record]
-
-    @abstractmethod
-    def streams(self, row: int) -> dict[StreamKey, StreamShape]:
-        """Return the streams of one record, in the order they were recorded."""
-
-    @abstractmethod
-    def has(self, row: int, key: StreamKey) -> bool:
-        """Tell whether a record has a stream."""
-
-    @abstractmethod
-    def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
-        """Return one stream of one record."""
-
-    @abstractmethod
-    def stream_keys(self) -> list[StreamKey]:
-        """Return every stream that any record of this part has."""
-
-    def read_many(self, rows: list[int], key: StreamKey) -> Iterator[npt.NDArray[Any]]:
-        """Yield one stream of several records, in order."""
-        for row in rows:
-            yield self.read(row, key)
-
-
-@dataclass(frozen=True)
-class JournalFile:
-    """A journal; its header holds a random token, so another one at the same path is told apart."""
-
-    path: Path
-    header: bytes
-
-
-class _JournalPart(Part):
-    def __init__(self, file: JournalFile) -> None:
-        self._file = file
-        self._frames: list[Frame] = []
-        self.records = []
-
-    def add(self, frame: Frame) -> None:
-        body = frame.body
-        record = Record(
-            frame.step,
-            frame.sequence,
-            body.get("time"),
-            body.get("attributes", {}),
-            self,
-            len(self._frames),
-        )
-        self._frames.append(frame)
-        self.records.append(record)
-
-    def streams(self, row: int) -> dict[StreamKey, StreamShape]:
-        return {
-            (entry.layer, entry.field): StreamShape(entry.dtype, entry.dims, entry.shape)
-            for entry in self._frames[row].arrays
-        }
-
-    def has(self, row: int, key: StreamKey) -> bool:
-        return any((entry.layer, entry.field) == key for entry in self._frames[row].arrays)
-
-    def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
-        frame = self._frames[row]
-        entry = next(e for e in frame.arrays if (e.layer, e.field) == key)
-        return _read_entry(self._file, frame, entry)
-
-    def stream_keys(self) -> list[StreamKey]:
-        keys = {(e.layer, e.field): None for frame in self._frames for e in frame.arrays}
-        return list(keys)
-
-
-class _SegmentPart(Part):
-    def __init__(self, records: SegmentRecords) -> None:
-        self._records = records
-        self._streams: dict[StreamKey, Stream] = {
-            (stream.layer, stream.field): stream for stream in records.group.streams
-        }
-        self.records = [
-            Record(
-                entry["step"], entry["sequence"], entry.get("time"), entry["attributes"], self, row
-            )
-            for row, entry in enumerate(records.group.records)
-        ]
-
-    def streams(self, row: int) -> dict[StreamKey, StreamShape]:
-        return {
-            key: StreamShape(stream.dtype, stream.dims, self._records.shapes(stream)[row])
-            for key, stream in self._streams.items()
-            if self._records.presence[row, stream.column]
-        }
-
-    def has(self, row: int, key: StreamKey) -> bool:
-        stream = self._streams.get(key)
-        return stream is not None and bool(self._records.presence[row, stream.column])
-
-    def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
-        return self._records.read(self._streams[key], [row])[0]
-
-    def stream_keys(self) -> list[StreamKey]:
-        return list(self._streams)
-
-    def read_many(self, rows: list[int], key: StreamKey) -> Iterator[npt.NDArray[Any]]:
-        yield from self._records.read(self._streams[key], rows)
+from .parts import JournalFile, JournalPart, Part, SegmentPart, read_array
+from .positioned import READ_ONLY, read_at
+from .segment import Segment, SegmentFile, identify
 
 
 @dataclass(frozen=True)
@@ -175,7 +31,7 @@ class Table:
     """Arrays of a source that do not depend on the step."""
 
     attributes: dict[str, Any]
-    arrays: dict[str, Callable[[], npt.NDArray[Any]]]
+    arrays: Mapping[str, Callable[[], npt.NDArray[Any]]]
 
 
 @dataclass
@@ -222,121 +78,175 @@ def read_index(run: Path) -> list[WriterLog]:
         FormatError: If a file is of a newer format.
         OSError: If the directory cannot be read.
     """
-    return [_read_writer(attempt, rank, folder) for attempt, rank, folder in writer_folders(run)]
+    return Index(run).read()
 
 
-def _read_writer(attempt: int, rank: int, folder: Path) -> WriterLog:
-    while True:
-        log = WriterLog(attempt, rank, is_live=is_being_written(folder))
-        seen: set[int] = set()
-        # Journals are listed first: what is sealed meanwhile stands in both lists, not in none.
-        open_ends = journals(folder)
-        sealed = segments(folder)
+@dataclass(frozen=True)
+class _OpenSegment:
+    segment: Segment
+    parts: tuple[SegmentPart, ...]
+
+
+@dataclass(frozen=True)
+class _OpenJournal:
+    file: JournalFile
+    scan: Scan
+    items: list[Frame | Damage]
+
+
+class Index:
+    """What a run directory holds.
+
+    Args:
+        run: The run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._segments: dict[SegmentFile, _OpenSegment | Damage] = {}
+        self._journals: dict[JournalFile, _OpenJournal] = {}
+
+    def read(self) -> list[WriterLog]:
+        """List everything the directory holds now, one entry per attempt and rank.
+
+        Raises:
+            FormatError: If a file is of a newer format.
+            OSError: If the directory cannot be read.
+        """
+        known = Index(self._run)
+        logs = [
+            self._read_writer(attempt, rank, folder, known)
+            for attempt, rank, folder in writer_folders(self._run)
+        ]
+        # What is gone is forgotten.
+        self._segments, self._journals = known._segments, known._journals
+        return logs
+
+    def _read_writer(self, attempt: int, rank: int, folder: Path, known: Index) -> WriterLog:
+        while True:
+            is_live = is_being_written(folder)
+            # Journals are listed first: what is sealed meanwhile stands in both lists, not in none.
+            open_ends = journals(folder)
+            sealed = segments(folder)
+            log = _LogBuilder(WriterLog(attempt, rank, is_live))
+            try:
+                for first, end, path in sealed:
+                    log.add_segment(path, first, end, self._open_segment(path, known))
+                for first, path in open_ends:
+                    is_last = first == open_ends[-1][0]
+                    journal = self._open_journal(path, known)
+                    log.add_journal(journal, first, is_live=is_live and is_last)
+            except FileNotFoundError:
+                # A journal was sealed before it was opened. Unless nothing changed, list again.
+                if (open_ends, sealed) == (journals(folder), segments(folder)):
+                    raise
+                continue
+            return log.finish()
+
+    def _open_segment(self, path: Path, known: Index) -> _OpenSegment | Damage:
+        file = identify(path)
+        found = self._segments.get(file)
+        if found is None:
+            try:
+                segment = Segment(file)
+                found = _OpenSegment(segment, tuple(SegmentPart(g) for g in segment.groups))
+            except DamageError as error:
+                reason = str(error).removeprefix(f"{file.name}: ")
+                found = Damage(file.name, 0, file.num_bytes, reason)
+        known._segments[file] = found
+        return found
+
+    def _open_journal(self, path: Path, known: Index) -> _OpenJournal:
+        fd = os.open(path, READ_ONLY)
         try:
-            for _, _, path in sealed:
-                _add_segment(log, path, seen)
-            for entry in open_ends:
-                is_live = log.is_live and entry == open_ends[-1]
-                _add_journal(log, entry[1], seen, is_live=is_live)
-        except FileNotFoundError:
-            # A journal was sealed before it was opened. Unless nothing changed, list again.
-            if (open_ends, sealed) == (journals(folder), segments(folder)):
-                raise
-            continue
-        log.damage = list(dict.fromkeys(log.damage))
-        return log
+            file = JournalFile(path, read_at(fd, FILE_HEADER_BYTES, 0))
+            found = self._journals.get(file)
+            if found is None:
+                found = _OpenJournal(file, Scan(f"{path.parent.name}/{path.name}"), [])
+            items = [item for item in found.items if isinstance(item, Frame) or not item.is_tail]
+            items += found.scan.advance(fd)
+        finally:
+            os.close(fd)
+        known._journals[file] = _OpenJournal(file, found.scan, items)
+        return known._journals[file]
 
 
-def _add_segment(log: WriterLog, path: Path, seen: set[int]) -> None:
-    file = identify(path)
-    try:
-        segment = _open_segment(file)
-    except DamageError as error:
-        reason = str(error).removeprefix(f"{file.name}: ")
-        log.damage.append(Damage(file.name, 0, file.num_bytes, reason))
-        return
-    for item in segment.frames:
-        seen.add(item["sequence"])
-        _add_event(log, item)
-    log.damage += [Damage(**item) for item in segment.damage]
-    for table in segment.tables:
-        arrays = {entry["field"]: _segment_table(segment, entry) for entry in table["arrays"]}
-        log.tables[table["name"]] = Table(table["attributes"], arrays)
-    for records in segment.groups:
-        part = _SegmentPart(records)
-        seen.update(record.sequence for record in part.records)
-        log.parts.setdefault((records.group.measure, records.group.source), []).append(part)
+class _LogBuilder:
+    """Puts together what the files of one writer hold."""
 
+    def __init__(self, log: WriterLog) -> None:
+        self._log = log
+        self._seen: set[int] = set()
+        self._spans: list[tuple[int, int, str, bool]] = []  # first, end, file, is damaged
 
-def _add_journal(log: WriterLog, path: Path, seen: set[int], *, is_live: bool) -> None:
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    parts: dict[tuple[str, str], _JournalPart] = {}
-    try:
-        file = JournalFile(path, os.pread(fd, FILE_HEADER_BYTES, 0))
-        for item in scan_journal(fd, f"{path.parent.name}/{path.name}"):
+    def add_segment(self, path: Path, first: int, end: int, found: _OpenSegment | Damage) -> None:
+        log = self._log
+        name = f"{path.parent.name}/{path.name}"
+        if isinstance(found, Damage):
+            log.damage.append(found)
+            self._spans.append((first, end, name, True))
+            return
+        damage = [Damage(**item) for item in found.segment.damage]
+        log.damage += damage
+        self._spans.append((first, end, name, bool(damage)))
+        for item in found.segment.frames:
+            if item["sequence"] not in self._seen:
+                self._seen.add(item["sequence"])
+                self._add_event(item)
+        for table in found.segment.tables:
+            arrays = {e["field"]: partial(found.segment.table, e) for e in table["arrays"]}
+            log.tables[table["name"]] = Table(table["attributes"], arrays)
+        for part in found.parts:
+            self._seen.update(record.sequence for record in part.records)
+            log.parts.setdefault((part.measure, part.source), []).append(part)
+
+    def add_journal(self, journal: _OpenJournal, first: int, *, is_live: bool) -> None:
+        log = self._log
+        parts: dict[tuple[str, str], JournalPart] = {}
+        end, is_damaged = first, False
+        for item in journal.items:
             if isinstance(item, Damage):
                 # The tail of a live journal is a record on its way.
                 if not (item.is_tail and is_live):
                     log.damage.append(item)
+                    is_damaged = True
                 continue
-            if item.sequence in seen:
+            end = item.sequence + 1
+            if item.sequence in self._seen:
                 continue
-            seen.add(item.sequence)
+            self._seen.add(item.sequence)
             if item.kind == "record":
                 key = (item.body["measure"], item.body["source"])
-                parts.setdefault(key, _JournalPart(file)).add(item)
+                parts.setdefault(key, JournalPart(journal.file)).add(item)
             elif item.kind == "table":
-                arrays = {e.field: _journal_table(file, item, e) for e in item.arrays}
+                arrays = {
+                    entry.field: partial(read_array, journal.file, item, column)
+                    for column, entry in enumerate(item.arrays)
+                }
                 log.tables[item.body["name"]] = Table(item.body["attributes"], arrays)
             else:
-                _add_event(
-                    log,
-                    {"kind": item.kind, "step": item.step, "sequence": item.sequence, **item.body},
-                )
-    finally:
-        os.close(fd)
-    for key, part in parts.items():
-        log.parts.setdefault(key, []).append(part)
+                numbers = {"kind": item.kind, "step": item.step, "sequence": item.sequence}
+                self._add_event({**numbers, **item.body})
+        path = journal.file.path
+        self._spans.append((first, end, f"{path.parent.name}/{path.name}", is_damaged))
+        for key, part in parts.items():
+            log.parts.setdefault(key, []).append(part)
 
+    def finish(self) -> WriterLog:
+        """Report what is missing between the files, and return the whole."""
+        expected, may_be_missing = 0, False
+        for first, end, name, is_damaged in sorted(self._spans):
+            # Frames behind damage were reported with it.
+            if first > expected and not may_be_missing:
+                reason = f"frames {expected} to {first - 1} are missing: a file was lost"
+                self._log.damage.append(Damage(name, 0, 0, f"{reason} before this one"))
+            if end >= expected:
+                expected, may_be_missing = end, is_damaged
+        self._log.damage = list(dict.fromkeys(self._log.damage))
+        return self._log
 
-def _add_event(log: WriterLog, item: dict[str, Any]) -> None:
-    if item["kind"] == "attempt":
-        log.about = item
-    else:
-        log.events.append(item)
-
-
-def _journal_table(
-    file: JournalFile, frame: Frame, entry: ArrayEntry
-) -> Callable[[], npt.NDArray[Any]]:
-    return lambda: _read_entry(file, frame, entry)
-
-
-def _segment_table(segment: Segment, entry: Mapping[str, Any]) -> Callable[[], npt.NDArray[Any]]:
-    return lambda: segment.table(entry)
-
-
-def _read_entry(file: JournalFile, frame: Frame, entry: ArrayEntry) -> npt.NDArray[Any]:
-    fd = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        if os.pread(fd, FILE_HEADER_BYTES, 0) != file.header:
-            raise FileNotFoundError(f"{file.path} was replaced since it was listed")
-        chunks = []
-        start = frame.payload_offset + entry.offset
-        remaining = entry.num_bytes
-        while remaining:
-            chunk = os.pread(fd, remaining, start)
-            if not chunk:
-                raise FormatError(f"{file.path} became shorter while it was read")
-            chunks.append(chunk)
-            start += len(chunk)
-            remaining -= len(chunk)
-    finally:
-        os.close(fd)
-    values = np.frombuffer(b"".join(chunks), storage_dtype(entry.dtype)).reshape(entry.shape)
-    return from_storage(values, entry.dtype)
-
-
-@lru_cache(maxsize=1024)
-def _open_segment(file: SegmentFile) -> Segment:
-    return Segment(file)
+    def _add_event(self, item: dict[str, Any]) -> None:
+        if item["kind"] == "attempt":
+            self._log.about = item
+        else:
+            self._log.events.append(item)

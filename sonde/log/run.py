@@ -14,7 +14,8 @@ from sonde.exceptions import (
 from .frames import Damage
 from .layout import read_run_file
 from .measure_log import MeasureLog, count_text
-from .reader import Record, Table, WriterLog, read_index
+from .parts import Record
+from .reader import Index, Table, WriterLog
 
 if TYPE_CHECKING:
     import xarray
@@ -59,11 +60,12 @@ class Run:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.info = read_run_file(self.path)
+        self._index = Index(self.path)
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what was recorded, sealed or damaged since the run was opened."""
-        self._writers = read_index(self.path)
+        self._writers = self._index.read()
         self._records = _visible_records(self._writers)
         self._logs = {key: MeasureLog(self, *key) for key in self._records}
 

@@ -16,15 +16,18 @@ from typing import BinaryIO
 from sonde.exceptions import FormatError, SondeError
 
 from .frames import Damage, Frame, scan_journal
-from .hdf5 import write_segment
 from .layout import (
     is_being_written,
     journals,
+    lock_path,
     read_run_file,
     segment_path,
     sync_folder,
+    unlock,
     writer_folders,
 )
+from .sealing import END
+from .segment_writer import write_segment
 
 
 def seal_run(run: Path, folder: str | None = None, before: int | None = None) -> list[Path]:
@@ -55,7 +58,7 @@ def seal_run(run: Path, folder: str | None = None, before: int | None = None) ->
         for first, path in journals(writer):
             if before is None or first < before:
                 try:
-                    segment = seal_journal(path)
+                    segment = seal_journal(path, verify=before is None)
                 except FormatError as error:
                     refused.append(error)
                     continue
@@ -66,11 +69,13 @@ def seal_run(run: Path, folder: str | None = None, before: int | None = None) ->
     return written
 
 
-def seal_journal(journal: Path) -> Path | None:
+def seal_journal(journal: Path, *, verify: bool = True) -> Path | None:
     """Seal one journal and delete it.
 
     Args:
         journal: A journal that nobody appends to.
+        verify: Check its arrays first, and leave out the damaged ones. A writer that lives knows
+            that they were written; then their checksums go with them, to be checked when read.
 
     Returns:
         The segment, or None if the journal holds no frame or is gone.
@@ -79,32 +84,39 @@ def seal_journal(journal: Path) -> Path | None:
         FormatError: If it cannot be represented in a segment.
         OSError: If the segment cannot be written; the journal stays.
     """
+    lock = lock_path(journal)  # Another sealer may be at it.
     try:
-        file = journal.open("rb")
+        with journal.open("rb") as file:
+            segment = _seal_file(journal, file, verify=verify)
+        if segment is not None:
+            sync_folder(journal.parent)
+            journal.unlink(missing_ok=True)
+        return segment
     except FileNotFoundError:
         return None
-    with file:
-        segment = _seal_file(journal, file)
-    if segment is not None:
-        sync_folder(journal.parent)
-        journal.unlink(missing_ok=True)
-    return segment
+    finally:
+        if lock is not None:
+            unlock(lock)
 
 
-def _seal_file(journal: Path, file: BinaryIO) -> Path | None:
-    scanned = list(scan_journal(file.fileno(), f"{journal.parent.name}/{journal.name}"))
+def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
+    name = f"{journal.parent.name}/{journal.name}"
+    scanned = list(scan_journal(file.fileno(), name, verify=verify))
     frames = [item for item in scanned if isinstance(item, Frame)]
     if not frames:
         return None
     damage = [vars(item) for item in scanned if isinstance(item, Damage)]
-    segment = segment_path(journal.parent, frames[0].sequence, frames[-1].sequence + 1)
+    first, end = int(journal.stem), frames[-1].sequence + 1
+    segment = segment_path(journal.parent, first, end)
     temporary = segment.with_suffix(f".{os.getpid()}.tmp")
     try:
-        write_segment(temporary, file, frames, damage)
+        write_segment(temporary, file, frames, first, damage)
         temporary.replace(segment)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    for left in journal.parent.glob(f"{first:012d}-*.tmp"):
+        left.unlink(missing_ok=True)  # Of a sealer that was killed.
     return segment
 
 
@@ -112,12 +124,22 @@ def main() -> None:
     """Seal the run named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m sonde.log.seal", description=__doc__)
     parser.add_argument("run", type=Path, help="the run directory")
-    parser.add_argument("--folder", help="seal only this writer's journals")
-    parser.add_argument("--before", type=int, help="seal only frames numbered below this")
+    parser.add_argument(
+        "--follow",
+        metavar="FOLDER",
+        help="seal this writer's journals whose frames are numbered below each number read from "
+        "the standard input",
+    )
     arguments = parser.parse_args()
     try:
-        for segment in seal_run(arguments.run, arguments.folder, arguments.before):
-            print(segment)
+        if arguments.follow is None:
+            for segment in seal_run(arguments.run):
+                print(segment)
+        for line in sys.stdin if arguments.follow is not None else ():
+            before = int(line)
+            if before == END:
+                break
+            seal_run(arguments.run, arguments.follow, before)
     except (SondeError, OSError) as error:
         sys.exit(f"sonde: {error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # The folder of sonde comes last, so that no package beside it shadows the standard library, and
@@ -14,9 +15,14 @@ _CODE = (
     "from sonde.log.seal import main; main()"
 )
 
+END = -1
+"""Tells a sealer that nothing comes any more."""
+
 
 class Sealing:
-    """Starts sealers for one writer, one at a time.
+    """Runs the sealer of one writer: one process, which is told what to seal, line by line.
+
+    It ends by itself once its standard input does, so it does not outlive the training by long.
 
     Args:
         run: The run directory.
@@ -27,64 +33,76 @@ class Sealing:
         self._run = run
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._sealed_before = 0
-        self._wanted_before = 0
         self._failure: str | None = None
 
     @property
     def problem(self) -> str | None:
-        """Why journals were left unsealed, once a sealer has ended."""
-        failure = self._failure
-        if self._process is not None and self._process.returncode:
-            failure = f"exit status {self._process.returncode}"
-        if failure is None:
+        """Why journals were left unsealed."""
+        process = self._process
+        if process is not None and process.poll() is not None:
+            self._collect_failure(process)
+        if self._failure is None:
             return None
         return (
-            f"journals were not sealed into HDF5 ({failure}); they stay and read the same, and "
-            f"`sonde seal {self._run}` tries again"
+            f"journals were not sealed into HDF5 ({self._failure}); they stay and read the same, "
+            f"and `sonde seal {self._run}` tries again"
         )
 
     def start(self, before: int) -> None:
-        """Seal every journal whose frames are numbered below `before`, if no sealer is running."""
-        self._wanted_before = before
-        if self._process is not None and self._process.poll() is None:
-            return
-        source = str(Path(__file__).resolve().parents[2])
-        arguments = [
-            str(self._run.resolve()),
-            "--folder",
-            self._folder.name,
-            "--before",
-            str(before),
-        ]
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, *arguments, source],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # A Ctrl-C at the training must not tear the sealer down with it.
-                start_new_session=os.name != "nt",
-            )
-            self._sealed_before = before
-            self._failure = None
-        except (OSError, TypeError, ValueError) as error:
-            # An embedded Python has no executable, or another one.
-            self._process = None
-            self._failure = f"no process could be started: {error}"
+        """Have every journal sealed whose frames are numbered below `before`."""
+        for _ in range(2):  # A sealer that failed is replaced by a new one, once.
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    if self._process is not None:
+                        self._collect_failure(self._process)
+                    self._process = self._new_process()
+                self._say(self._process, before)
+                return
+            except (OSError, TypeError, ValueError) as error:
+                # An embedded Python has no executable, or another one.
+                self._failure = f"no process could be started: {error}"
 
     def finish(self, timeout: float | None) -> None:
-        """Wait for the running sealer, then seal what was closed meanwhile."""
-        self._wait(timeout)
-        if self._sealed_before < self._wanted_before:
-            self.start(self._wanted_before)
-            self._wait(timeout)
-
-    def _wait(self, timeout: float | None) -> None:
-        if self._process is None:
+        """Let the sealer end, and wait for it; safe to call more than once."""
+        process = self._process
+        if process is None:
             return
         try:
-            self._process.wait(timeout)
+            with suppress(OSError, ValueError):  # It has ended, or was told before.
+                # A forked worker may keep the pipe open, so its end is not enough.
+                self._say(process, END)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
             # It goes on by itself; what it has not sealed yet reads the same.
             return
+        self._process = None
+        self._collect_failure(process)
+
+    def _say(self, process: subprocess.Popen[bytes], number: int) -> None:
+        assert process.stdin is not None
+        process.stdin.write(b"%d\n" % number)
+        process.stdin.flush()
+
+    def _new_process(self) -> subprocess.Popen[bytes]:
+        source = str(Path(__file__).resolve().parents[2])
+        run = str(self._run.resolve())
+        return subprocess.Popen(
+            [sys.executable, "-c", _CODE, run, "--follow", self._folder.name, source],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A Ctrl-C at the training must not tear the sealer down with it.
+            start_new_session=os.name != "nt",
+        )
+
+    def _collect_failure(self, process: subprocess.Popen[bytes]) -> None:
+        """Keep what a sealer that has ended said last; one that succeeded has sealed everything."""
+        if process.returncode == 0:
+            self._failure = None
+        elif process.stderr is not None and not process.stderr.closed:
+            lines = process.stderr.read().decode(errors="replace").strip().splitlines()
+            self._failure = lines[-1] if lines else f"exit status {process.returncode}"
+        for pipe in (process.stdin, process.stderr):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()

@@ -4,7 +4,7 @@ A segment is an ordinary HDF5 file for everyone else. sonde itself reads it with
 can hang on a damaged file: behind the HDF5 data stands a trailer that says where the metadata lies,
 the metadata says where each array lies (datasets are contiguous), and every record of every array
 has a checksum. So opening a segment reads its metadata only, and a flipped byte costs the record it
-is in.
+is in. One more checksum covers all that belongs to no record, so that every byte is covered once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ import numpy.typing as npt
 
 from sonde.exceptions import DamageError, FormatError
 
-from .frames import FORMAT_VERSION, from_storage, storage_dtype
+from .frames import FORMAT_VERSION, from_storage, slot_checksum, storage_dtype
+from .positioned import READ_ONLY, read_at
 
-# magic, version, reserved; metadata: offset, bytes, crc; what precedes the trailer: bytes, crc; and
-# the trailer's own crc
+# magic, version, reserved; metadata: offset, bytes, crc; what precedes the trailer: bytes, crc of
+# what of it belongs to no record; and the trailer's own crc
 _TRAILER = struct.Struct("<8sIIQQIQII")
 _TRAILER_MAGIC = b"SONDESEG"
 _CHUNK_BYTES = 4 << 20
@@ -73,9 +77,7 @@ class Stream:
         dtype: The element type.
         dims: One name per axis of a record.
         shape: The shape in every record, or None where it differs.
-        offset: Where its data starts in the file, in bytes.
-        shapes: Where it differs, the table of shapes, [records, axes], padded with -1.
-        column: Its column in the tables of presence and checksums.
+        column: Its column in the tables of its group.
     """
 
     layer: str | None
@@ -83,21 +85,29 @@ class Stream:
     dtype: str
     dims: tuple[str, ...]
     shape: tuple[int, ...] | None
-    offset: int
-    shapes: Place | None
     column: int
 
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"'{self.field}'" + ("" if self.layer is None else f" of layer '{self.layer}'")
 
-@dataclass(frozen=True)
-class SegmentGroup:
-    """One measure × source of a segment: its streams, and one entry per record."""
 
-    measure: str
-    source: str
-    streams: tuple[Stream, ...]
-    records: tuple[dict[str, Any], ...]
-    presence: Place
-    checksums: Place
+def encode_streams(streams: Sequence[Stream]) -> bytes:
+    """Encode the streams of a group, in the order of their columns; the same for same streams."""
+    items = [[s.layer, s.field, s.dtype, s.dims, s.shape] for s in streams]
+    return json.dumps(items, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=64)
+def _decode_streams(encoded: bytes) -> dict[tuple[str | None, str], Stream]:
+    """Return streams by layer and field; segments of a run mostly have the same ones."""
+    return {
+        (layer, field): Stream(
+            layer, field, dtype, tuple(dims), None if shape is None else tuple(shape), column
+        )
+        for column, (layer, field, dtype, dims, shape) in enumerate(json.loads(encoded))
+    }
 
 
 def identify(path: Path) -> SegmentFile:
@@ -110,49 +120,41 @@ def identify(path: Path) -> SegmentFile:
     return SegmentFile(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def append_trailer(path: Path, metadata_offset: int, metadata: bytes) -> None:
-    """Close a segment off with the checksum of everything before, and force it to the disk."""
-    with path.open("r+b") as file:
-        checksum = 0
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-        head = _TRAILER.pack(
-            _TRAILER_MAGIC,
-            FORMAT_VERSION,
-            0,
-            metadata_offset,
-            len(metadata),
-            zlib.crc32(metadata),
-            file.tell(),
-            checksum,
-            0,
-        )[:-4]
-        file.write(head + struct.pack("<I", zlib.crc32(head)))
-        file.flush()
-        os.fsync(file.fileno())
+def encode_trailer(metadata_offset: int, metadata: bytes, num_bytes: int, checksum: int) -> bytes:
+    """Encode what closes a segment off.
 
-
-def check_segment(path: Path) -> str | None:
-    """Check the checksum of a whole segment, byte for byte.
-
-    Returns:
-        None if it holds, otherwise what is wrong.
-
-    Raises:
-        FormatError: If the segment is of a newer format.
-        OSError: If it cannot be read.
+    Args:
+        metadata_offset: Where the metadata lies.
+        metadata: The metadata.
+        num_bytes: The size of the file before the trailer.
+        checksum: The checksum of all of it that belongs to no record.
     """
-    file = identify(path)
-    try:
-        *_, num_bytes, checksum = _read_trailer(file)
-    except DamageError as error:
-        return str(error).removeprefix(f"{file.name}: ")
-    actual = 0
-    with path.open("rb") as stream:
-        while num_bytes and (chunk := stream.read(min(_CHUNK_BYTES, num_bytes))):
-            actual = zlib.crc32(chunk, actual)
-            num_bytes -= len(chunk)
-    return None if actual == checksum else "the segment does not match its checksum"
+    head = _TRAILER.pack(
+        _TRAILER_MAGIC,
+        FORMAT_VERSION,
+        0,
+        metadata_offset,
+        len(metadata),
+        zlib.crc32(metadata),
+        num_bytes,
+        checksum,
+        0,
+    )[:-4]
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def checksum_between(fd: int, num_bytes: int, stretches: Sequence[tuple[int, int]]) -> int:
+    """Return the checksum of a file's first bytes, leaving stretches (offset, size) out."""
+    checksum, position = 0, 0
+    for start, size in (*sorted(stretch for stretch in stretches if stretch[1]), (num_bytes, 0)):
+        while position < start:
+            chunk = read_at(fd, min(_CHUNK_BYTES, start - position), position)
+            if not chunk:
+                return -1
+            checksum = zlib.crc32(chunk, checksum)
+            position += len(chunk)
+        position = start + size
+    return checksum
 
 
 class Segment:
@@ -169,7 +171,7 @@ class Segment:
 
     def __init__(self, file: SegmentFile) -> None:
         self.file = file
-        offset, num_bytes, checksum, _, _ = _read_trailer(file)
+        offset, num_bytes, checksum, self._num_bytes, self._checksum = _read_trailer(file)
         encoded = _read_bytes(file, offset, num_bytes)
         if zlib.crc32(encoded) != checksum:
             raise DamageError(f"{file.name}: the metadata does not match its checksum")
@@ -177,7 +179,7 @@ class Segment:
         self.frames: list[dict[str, Any]] = metadata["frames"]
         self.tables: list[dict[str, Any]] = metadata["tables"]
         self.damage: list[dict[str, Any]] = metadata["damage"]
-        self.groups = tuple(SegmentRecords(file, _group_from(e)) for e in metadata["groups"])
+        self.groups = tuple(SegmentRecords(file, entry) for entry in metadata["groups"])
 
     def table(self, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
         """Return an array that does not depend on the step.
@@ -187,70 +189,157 @@ class Segment:
         """
         return read_place(self.file, Place.of(entry), f"table '{entry['field']}'")
 
+    def verify(self) -> Iterator[str]:
+        """Check every byte; yield what is damaged, record by record.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        stretches = [stretch for group in self.groups for stretch in group.stretches()]
+        with _open(self.file) as fd:
+            if checksum_between(fd, self._num_bytes, stretches) != self._checksum:
+                yield "bytes that belong to no record do not match their checksum"
+        for table in self.tables:
+            for entry in table["arrays"]:
+                try:
+                    self.table(entry)
+                except DamageError as error:
+                    yield str(error)
+        for group in self.groups:
+            yield from group.verify()
+
 
 class SegmentRecords:
     """The records of one measure × source of a segment.
 
     Args:
         file: The segment.
-        group: What its metadata says of them.
+        entry: What its metadata says of them.
+
+    Raises:
+        DamageError: If a table that describes them is damaged.
+        OSError: If the segment cannot be read.
     """
 
-    def __init__(self, file: SegmentFile, group: SegmentGroup) -> None:
+    def __init__(self, file: SegmentFile, entry: Mapping[str, Any]) -> None:
         self.file = file
-        self.group = group
+        self.measure: str = entry["measure"]
+        self.source: str = entry["source"]
+        self.steps: list[int] = entry["steps"]
+        self.sequences: list[int] = entry["sequences"]
+        self.times: list[float | None] = entry["times"]
+        self.attributes: list[dict[str, Any]] = entry["attributes"]
+        self.streams = _decode_streams(self._table(entry, "streams").tobytes())
+        self._offsets: npt.NDArray[np.int64] = self._table(entry, "offsets")
+        self._shape_tables: dict[int, npt.NDArray[np.int64]] = {
+            int(column): read_place(file, Place.of(place), "a table of shapes")
+            for column, place in entry["shapes"].items()
+        }
+        self._present = [frozenset(columns) for columns in entry["present"]["streams"]]
+        self._present_of: list[int] = entry["present"]["records"]
+        self._checksums_at: int = entry["crc32"]["offset"]
 
-    @cached_property
-    def presence(self) -> npt.NDArray[np.bool_]:
-        """Which record has which stream, [records, streams]."""
-        table = read_place(self.file, self.group.presence, "the table of presence")
-        return table.astype(bool)
+    def has(self, row: int, stream: Stream) -> bool:
+        """Tell whether a record has a stream."""
+        return stream.column in self._present[self._present_of[row]]
 
     def shapes(self, stream: Stream) -> list[tuple[int, ...]]:
         """Return the shape of a stream in each record; where it is absent, of no element."""
-        if stream.shapes is None:
-            assert stream.shape is not None
-            return [stream.shape] * len(self.group.records)
-        table = read_place(self.file, stream.shapes, f"the shapes of '{stream.field}'")
-        present = self.presence[:, stream.column]
+        if stream.shape is not None:
+            return [stream.shape] * len(self.steps)
         return [
-            tuple(int(size) for size in row if size >= 0) if there else (0,)
-            for row, there in zip(table, present, strict=True)
+            tuple(size for size in sizes if size >= 0) if self.has(row, stream) else (0,)
+            for row, sizes in enumerate(self._shape_tables[stream.column].tolist())
         ]
 
-    def read(self, stream: Stream, rows: list[int]) -> list[npt.NDArray[Any]]:
+    def shape(self, stream: Stream, row: int) -> tuple[int, ...]:
+        """Return the shape of a stream in one record."""
+        return self.shapes(stream)[row] if stream.shape is None else stream.shape
+
+    def num_bytes(self) -> int:
+        """Return the size of all arrays of all records in bytes."""
+        counts = Counter(self._present_of)
+        return sum(
+            int(self._starts(stream)[-1])
+            if stream.shape is None
+            else sum(counts[i] for i, has in enumerate(self._present) if stream.column in has)
+            * self._row_bytes(stream)
+            for stream in self.streams.values()
+        )
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Return where the streams lie in the file, as (offset, size)."""
+        return [
+            (int(self._offsets[stream.column]), int(self._starts(stream)[-1]))
+            for stream in self.streams.values()
+        ]
+
+    def read(self, stream: Stream, rows: Sequence[int]) -> list[npt.NDArray[Any]]:
         """Return one stream of several records, in order; neighbouring ones in one read.
 
         Raises:
             DamageError: If one does not match its checksum; the message names it.
         """
         storage = storage_dtype(stream.dtype)
-        shapes = self.shapes(stream)
-        sizes = np.array([storage.itemsize * int(np.prod(s, dtype=np.int64)) for s in shapes])
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        shapes = None if stream.shape is not None else self.shapes(stream)
         arrays = []
-        for first, last in _spans(rows):
-            start, end = int(starts[first]), int(starts[last + 1])
-            block = _read_bytes(self.file, stream.offset + start, end - start)
-            for row in range(first, last + 1):
-                begin = int(starts[row]) - start
-                raw = block[begin : begin + int(sizes[row])]
-                if zlib.crc32(raw) != self._checksums[row, stream.column]:
-                    raise DamageError(self._damaged(stream, row))
-                values = np.frombuffer(raw, storage).reshape(shapes[row])
-                arrays.append(from_storage(values, stream.dtype))
+        for row, raw in self._raw(stream, rows):
+            if raw is None:
+                raise DamageError(self._damaged(stream, row))
+            shape = stream.shape if shapes is None else shapes[row]
+            assert shape is not None
+            values = np.frombuffer(raw, storage).reshape(shape)
+            arrays.append(from_storage(values, stream.dtype))
         return arrays
 
-    @cached_property
-    def _checksums(self) -> npt.NDArray[np.uint32]:
-        return read_place(self.file, self.group.checksums, "the table of checksums")
+    def verify(self) -> Iterator[str]:
+        """Check every record; yield those that are damaged.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        for stream in self.streams.values():
+            for row, raw in self._raw(stream, range(len(self.steps))):
+                if raw is None:
+                    yield self._damaged(stream, row)
+
+    def _raw(self, stream: Stream, rows: Sequence[int]) -> Iterator[tuple[int, memoryview | None]]:
+        """Yield (row, its bytes), None for bytes that do not match their checksum."""
+        starts = self._starts(stream)
+        offset = int(self._offsets[stream.column])
+        num_rows = len(self.steps)
+        with _open(self.file) as fd:
+            # Of a checksum that is damaged itself no bytes will hold.
+            table = read_at(fd, 4 * num_rows, self._checksums_at + 4 * num_rows * stream.column)
+            expected = np.frombuffer(table, "<u4").tolist()
+            for first, last in _spans(rows, starts):
+                begin, end = int(starts[first]), int(starts[last + 1])
+                block = memoryview(read_at(fd, end - begin, offset + begin))
+                bounds = (starts[first : last + 2] - begin).tolist()
+                for row, (start, stop) in enumerate(pairwise(bounds), first):
+                    raw = block[start:stop]
+                    yield row, raw if slot_checksum(raw) == expected[row] else None
+
+    def _starts(self, stream: Stream) -> npt.NDArray[np.int64]:
+        """Return where each record begins within a stream, and where the last one ends."""
+        if stream.shape is not None:
+            return np.arange(len(self.steps) + 1, dtype=np.int64) * self._row_bytes(stream)
+        itemsize = storage_dtype(stream.dtype).itemsize
+        sizes = [itemsize * int(np.prod(shape, dtype=np.int64)) for shape in self.shapes(stream)]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+    @staticmethod
+    def _row_bytes(stream: Stream) -> int:
+        assert stream.shape is not None
+        return storage_dtype(stream.dtype).itemsize * int(np.prod(stream.shape, dtype=np.int64))
+
+    def _table(self, entry: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+        return read_place(self.file, Place.of(entry[name]), f"the table '{name}'")
 
     def _damaged(self, stream: Stream, row: int) -> str:
-        record = self.group.records[row]
-        layer = f" of layer '{stream.layer}'" if stream.layer is not None else ""
         return (
-            f"{self.file.name}: '{stream.field}'{layer} of record {record['sequence']} "
-            f"({self.group.measure}, step {record['step']}) does not match its checksum"
+            f"{self.file.name}: {stream.label} of record {self.sequences[row]} "
+            f"({self.measure}, step {self.steps[row]}) does not match its checksum"
         )
 
 
@@ -296,49 +385,42 @@ def _read_trailer(file: SegmentFile) -> tuple[int, int, int, int, int]:
     return offset, num_bytes, checksum, before, before_checksum
 
 
-def _read_bytes(file: SegmentFile, offset: int, num_bytes: int) -> bytes:
-    with file.path.open("rb") as stream:
-        status = os.fstat(stream.fileno())
+@contextmanager
+def _open(file: SegmentFile) -> Iterator[int]:
+    """Open a segment that is still the one that was listed.
+
+    Raises:
+        FileNotFoundError: If it is gone, or another one has taken its place.
+        OSError: If it cannot be opened.
+    """
+    fd = os.open(file.path, READ_ONLY)
+    try:
+        status = os.fstat(fd)
         if (status.st_ino, status.st_size, status.st_mtime_ns) != (
             file.inode,
             file.num_bytes,
             file.changed_ns,
         ):
             raise FileNotFoundError(f"{file.path} was replaced since it was listed")
-        stream.seek(offset)
-        return stream.read(num_bytes)
+        yield fd
+    finally:
+        os.close(fd)
 
 
-def _spans(rows: list[int]) -> list[tuple[int, int]]:
-    """Join neighbouring rows into (first, last)."""
-    spans: list[tuple[int, int]] = []
+def _read_bytes(file: SegmentFile, offset: int, num_bytes: int) -> bytes:
+    with _open(file) as fd:
+        return read_at(fd, num_bytes, offset)
+
+
+def _spans(rows: Sequence[int], starts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Join neighbouring rows into (first, last) of a readable size."""
+    first = last = -1
     for row in rows:
-        if spans and row == spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], row)
-        else:
-            spans.append((row, row))
-    return spans
-
-
-def _group_from(entry: Mapping[str, Any]) -> SegmentGroup:
-    streams = tuple(
-        Stream(
-            stream["layer"],
-            stream["field"],
-            stream["dtype"],
-            tuple(stream["dims"]),
-            None if stream["shape"] is None else tuple(stream["shape"]),
-            stream["offset"],
-            None if stream["shapes"] is None else Place.of(stream["shapes"]),
-            column,
-        )
-        for column, stream in enumerate(entry["streams"])
-    )
-    return SegmentGroup(
-        entry["measure"],
-        entry["source"],
-        streams,
-        tuple(entry["records"]),
-        Place.of(entry["presence"]),
-        Place.of(entry["checksums"]),
-    )
+        if last >= 0 and row == last + 1 and starts[row + 1] - starts[first] <= _CHUNK_BYTES:
+            last = row
+            continue
+        if last >= 0:
+            yield first, last
+        first = last = row
+    if last >= 0:
+        yield first, last

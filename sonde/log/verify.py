@@ -9,7 +9,7 @@ from sonde.exceptions import DamageError
 from .frames import Damage
 from .layout import read_run_file, segments, writer_folders
 from .reader import read_index
-from .segment import Segment, check_segment, identify
+from .segment import Segment, identify
 
 
 def verify_run(run: Path) -> list[Damage]:
@@ -29,37 +29,13 @@ def verify_run(run: Path) -> list[Damage]:
     """
     read_run_file(run)
     found = [damage for writer in read_index(run) for damage in writer.damage]
-    known = {damage.path for damage in found}
     for _, _, folder in writer_folders(run):
         for _, _, path in segments(folder):
-            problem = check_segment(path)
-            if problem is not None and identify(path).name not in known:
-                found += _damaged_records(path, problem)
-    return found
-
-
-def _damaged_records(path: Path, problem: str) -> list[Damage]:
-    """Name the records of a damaged segment that cannot be read."""
-    file = identify(path)
-    segment = Segment(file)
-    reasons = []
-    for records in segment.groups:
-        for stream in records.group.streams:
-            for row in range(len(records.group.records)):
-                try:
-                    if records.presence[row, stream.column]:
-                        records.read(stream, [row])
-                except DamageError as error:
-                    reasons.append(str(error))
-    for table in segment.tables:
-        for entry in table["arrays"]:
+            file = identify(path)
             try:
-                segment.table(entry)
-            except DamageError as error:
-                reasons.append(str(error))
-    if not reasons:
-        reasons = [f"{problem}, but every record in it does"]
-    return [
-        Damage(file.name, 0, file.num_bytes, reason.removeprefix(f"{file.name}: "))
-        for reason in dict.fromkeys(reasons)
-    ]
+                reasons = list(Segment(file).verify())
+            except DamageError:
+                continue  # The index has said so.
+            reasons = [reason.removeprefix(f"{file.name}: ") for reason in dict.fromkeys(reasons)]
+            found += [Damage(file.name, 0, file.num_bytes, reason) for reason in reasons]
+    return found

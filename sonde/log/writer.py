@@ -1,74 +1,32 @@
-"""The writing side of a log: a bounded queue, an appender thread, and journals that get sealed.
+"""The writing side of a log: a bounded queue, and the thread that empties it.
 
 The training thread copies arrays into a pooled buffer and returns; one background thread appends
-them to the journal. A record is committed once that append is done. Nothing here raises into the
-training: what cannot be written is dropped, counted, told once through `LogWriter.problem`, and
-stated in the log by a `gap` frame as soon as the log can be written again.
+them to the journal. A record is committed once that append is done, and with `sync="record"` once
+it is forced to the disk. Nothing here raises into the training.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, RunExistsError
 
+from .appender import Appender, Pending, Sync, pack
 from .frames import LogArray, encode_index, fill_payload, lay_out
-from .journal import Journal
-from .layout import (
-    journals,
-    lock_folder,
-    sync_file,
-    sync_folder,
-    unlock_folder,
-    writer_folder,
-)
+from .layout import lock_path, unlock, writer_folder
 from .sealing import Sealing
 
-Sync = Literal["seal", "record", "none"]
-
-_RETRIES_SECONDS = (0.0, 0.05, 0.25)
-_NOTE_FIELDS = frozenset(("kind", "sequence", "arrays"))
-
-
-@dataclass
-class _Pending:
-    """A frame on its way to the journal."""
-
-    kind: str
-    step: int
-    index: bytes
-    payload: npt.NDArray[np.uint8]
-
-
-@dataclass
-class _Lost:
-    """Records dropped since the last one that was stored."""
-
-    num_records: int = 0
-    num_bytes: int = 0
-    first_step: int = -1
-    last_step: int = -1
-    reasons: set[str] = field(default_factory=set)
-    needs_journal: bool = False  # The open one was deleted, or lacks a table.
-
-    def add(self, pending_bytes: int, step: int, reason: str) -> None:
-        self.num_records += 1
-        self.num_bytes += pending_bytes
-        self.first_step = step if self.first_step < 0 else min(self.first_step, step)
-        self.last_step = max(self.last_step, step)
-        self.reasons.add(reason)
+_NOTE_FIELDS = frozenset(("kind", "sequence"))
 
 
 class LogWriter:
@@ -119,26 +77,26 @@ class LogWriter:
             self.folder.mkdir(parents=True)
         except FileExistsError:
             raise RunExistsError(f"{self.folder} was already written by another recorder") from None
-        self.problem: str | None = None
-        self._lock = lock_folder(self.folder)
+        # The folder is new: at most a reader holds it, for the instant of `is_being_written`.
+        self._lock = lock_path(self.folder)
         self._attempt = {"attempt": attempt, "rank": rank, "pid": os.getpid(), **(about or {})}
-        self._tables: dict[str, _Pending] = {}
-        self._sync = sync
         self._queue_bytes = queue_bytes
-        self._wait_seconds = wait_seconds
-        self._block = block
-        self._segment_bytes = segment_bytes
+        self._wait_seconds = None if block else wait_seconds
         self._sealing = Sealing(run, self.folder) if seal else None
-        self._token = secrets.randbits(64)
         self._pid = os.getpid()
         self._pool: list[npt.NDArray[np.uint8]] = []
-        self._queue: deque[_Pending] = deque()
+        self._queue: deque[Pending] = deque()
         self._queued_bytes = 0
-        self._lost = _Lost()
         self._is_closing = False
         self._condition = threading.Condition()
         try:
-            self._journal = self._open_journal(0)
+            self._appender = Appender(
+                self.folder,
+                pack("attempt", -1, self._attempt, head=""),
+                sync=sync,
+                segment_bytes=segment_bytes,
+                sealing=self._sealing,
+            )
         except OSError:
             self._unlock()
             with suppress(OSError):
@@ -146,6 +104,12 @@ class LogWriter:
             raise
         self._thread = threading.Thread(target=self._append_all, name="sonde-log", daemon=True)
         self._thread.start()
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the log, if anything, for the user."""
+        sealing = self._sealing.problem if self._sealing is not None else None
+        return self._appender.problem or sealing
 
     def append(
         self,
@@ -176,7 +140,15 @@ class LogWriter:
             "time": round(time.time(), 3),
             "attributes": dict(attributes or {}),
         }
-        return self._enqueue("record", step, body, arrays)
+        layout = lay_out(arrays)
+        if self._is_foreign():
+            return False
+        payload = self._reserve(step, layout.num_bytes)
+        if payload is None:
+            return False
+        fill_payload(payload, layout, arrays)
+        index = encode_index("record", body, layout)
+        return self._put(Pending("record", step, index, layout, payload))
 
     def add_table(
         self, name: str, arrays: Sequence[LogArray], attributes: Mapping[str, Any] | None = None
@@ -192,12 +164,11 @@ class LogWriter:
             InvalidInputError: If an array cannot be stored.
         """
         body = {"name": name, "attributes": dict(attributes or {})}
-        table = self._pack("table", -1, body, arrays)
-        if self._is_foreign():
-            return
-        with self._condition:
-            if self._put(table):
-                self._tables[name] = table
+        layout = lay_out(arrays)
+        payload = np.empty(layout.num_bytes, np.uint8)
+        fill_payload(payload, layout, arrays)
+        index = encode_index("table", body, layout)
+        self._put(Pending("table", -1, index, layout, payload, head=f"table {name}"))
 
     def note(self, event: str, step: int, **details: object) -> None:
         """Write an event into the log: something missing, switched off or found.
@@ -211,18 +182,14 @@ class LogWriter:
                 f"note '{event}' has a detail named '{clash[0]}', which the log uses itself; "
                 "choose another name"
             )
-        self._enqueue("note", step, {"event": event, **details}, [])
+        self._put(pack("note", step, {"event": event, **details}))
 
     def resume_at(self, step: int) -> None:
         """Say at which step this attempt goes on: earlier ones count up to before it."""
-        if self._is_foreign():
-            return
-        self._attempt = {**self._attempt, "resume_step": step}
-        with self._condition:
-            self._put(self._pack("attempt", -1, self._attempt, []))
+        self._put(pack("attempt", -1, {**self._attempt, "resume_step": step}, head=""))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything queued is written, or dropped.
+        """Wait until everything queued is committed, or dropped.
 
         Returns:
             False if `timeout` seconds did not suffice.
@@ -230,14 +197,15 @@ class LogWriter:
         if self._is_foreign():
             return True
         with self._condition:
-            return self._condition.wait_for(lambda: self._queued_bytes == 0, timeout)
+            is_written = self._condition.wait_for(lambda: self._queued_bytes == 0, timeout)
+        return is_written and self._appender.forcing.wait(timeout)
 
     def sync(self) -> None:
         """Wait until everything recorded so far would survive a power loss."""
         if self._is_foreign() or self._is_closing:
             return
         self.flush()
-        self._force_to_disk()
+        self._appender.forcing.force()
 
     def close(self, reason: str = "closed", timeout: float | None = None) -> None:
         """Write what is queued, end the log, and seal it; safe to call more than once.
@@ -249,76 +217,59 @@ class LogWriter:
         if self._is_foreign():
             return
         with self._condition:
-            if not self._is_closing:
-                self._put(self._pack("end", -1, {"reason": reason, "time": time.time()}, []))
-                self._is_closing = True
-                self._condition.notify_all()
+            self._put(pack("end", -1, {"reason": reason, "time": time.time()}))
+            self._is_closing = True
+            self._condition.notify_all()
         # A second call, from a signal handler say, waits for the queue too.
         self._thread.join(timeout)
         if self._thread.is_alive():
             return
         if self._sealing is not None:
             self._sealing.finish(timeout)
-            self.problem = self.problem or self._sealing.problem
         self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            unlock_folder(self._lock)
+            unlock(self._lock)
             self._lock = None
 
     def _is_foreign(self) -> bool:
         # A forked child (a DataLoader worker) owns neither the thread nor the file position.
         return os.getpid() != self._pid
 
-    def _enqueue(
-        self, kind: str, step: int, body: dict[str, Any], arrays: Sequence[LogArray]
-    ) -> bool:
-        layout = lay_out(arrays)
-        if self._is_foreign():
-            return False
-        num_bytes = layout.num_bytes
+    def _reserve(self, step: int, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """Return a buffer for a record; None if it has to be dropped."""
         with self._condition:
             if self._is_closing:
-                return False
-            timeout = None if self._block else self._wait_seconds
-            if not self._condition.wait_for(lambda: self._has_room(num_bytes), timeout):
-                self._lost.add(num_bytes, step, "the queue was full")
-                self.problem = (
+                return None
+            if not self._condition.wait_for(lambda: self._has_room(num_bytes), self._wait_seconds):
+                problem = (
                     f"records are dropped: {self._queued_bytes} bytes wait to be written and the "
                     f"disk did not keep up for {self._wait_seconds} seconds; raise `queue_bytes`, "
                     "record less, or set `block=True` to wait instead"
                 )
-                return False
+                self._appender.lose("record", step, num_bytes, "the queue was full", problem)
+                return None
             try:
-                payload = self._take_buffer(num_bytes)
+                return self._take_buffer(num_bytes)
             except MemoryError:
-                self._lost.add(num_bytes, step, "the memory was full")
-                self.problem = f"records are dropped: there is no memory for {num_bytes} bytes"
-                return False
-        fill_payload(payload, layout, arrays)
-        pending = _Pending(kind, step, encode_index(kind, body, layout), payload)
-        with self._condition:
-            return self._put(pending)
-
-    def _pack(
-        self, kind: str, step: int, body: dict[str, Any], arrays: Sequence[LogArray]
-    ) -> _Pending:
-        layout = lay_out(arrays)
-        payload = np.empty(layout.num_bytes, np.uint8)
-        fill_payload(payload, layout, arrays)
-        return _Pending(kind, step, encode_index(kind, body, layout), payload)
+                problem = f"records are dropped: there is no memory for {num_bytes} bytes"
+                self._appender.lose("record", step, num_bytes, "the memory was full", problem)
+                return None
 
     def _has_room(self, num_bytes: int) -> bool:
         # An empty queue takes any record, so one larger than the bound is not lost for ever.
         return self._queued_bytes == 0 or self._queued_bytes + num_bytes <= self._queue_bytes
 
-    def _put(self, pending: _Pending) -> bool:
-        if self._is_closing:
+    def _put(self, pending: Pending) -> bool:
+        if self._is_foreign():
             return False
-        self._queue.append(pending)
-        self._queued_bytes += len(pending.index) + pending.payload.nbytes
-        self._condition.notify_all()
+        with self._condition:
+            if self._is_closing:
+                return False
+            self._queue.append(pending)
+            self._queued_bytes += pending.num_bytes
+            self._condition.notify_all()
         return True
 
     def _take_buffer(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -340,102 +291,11 @@ class LogWriter:
                 if not self._queue:
                     break
                 pending = self._queue[0]
-            try:
-                self._store(pending)
-            except Exception as error:  # A dead appender would block every flush for ever.
-                self._drop(pending, f"{type(error).__name__}: {error}")
+            self._appender.store(pending)
             with self._condition:
                 self._queue.popleft()
-                self._queued_bytes -= len(pending.index) + pending.payload.nbytes
+                self._queued_bytes -= pending.num_bytes
                 if pending.kind == "record":
                     self._give_back(pending.payload)
                 self._condition.notify_all()
-        if self._sync != "none":
-            self._force_to_disk()
-        self._journal.close()
-        if self._sealing is not None:
-            self._sealing.start(self._journal.next_sequence)
-
-    def _store(self, pending: _Pending) -> None:
-        problem = ""
-        # While the disk refuses everything, one try per record is enough.
-        for pause in _RETRIES_SECONDS if not self._lost.num_records else _RETRIES_SECONDS[:1]:
-            time.sleep(pause)
-            try:
-                if self._lost.needs_journal:
-                    self._open_next_journal()
-                    self._lost.needs_journal = False
-                self._report_lost()
-                self._journal.append(pending.index, pending.payload, pending.step)
-            except OSError as error:
-                problem = f"{self._journal.path}: {error}"
-                if isinstance(error, FileNotFoundError):
-                    self._lost.needs_journal = True
-                    self.problem = f"{error}; its records are lost, a new journal takes the next"
-                continue
-            if self._sync == "record":
-                self._force_to_disk(newest_only=True)
-            if self._journal.num_bytes >= self._segment_bytes and pending.kind == "record":
-                self._rotate()
-            return
-        self._drop(pending, problem)
-
-    def _drop(self, pending: _Pending, problem: str) -> None:
-        with self._condition:
-            self._lost.add(pending.payload.nbytes, pending.step, problem)
-            self._lost.needs_journal |= pending.kind == "table"
-            self.problem = (
-                f"the log cannot be written ({problem}); records are dropped until it can, "
-                "what was recorded before is intact"
-            )
-
-    def _report_lost(self) -> None:
-        with self._condition:
-            lost = self._lost
-            if not lost.num_records:
-                return
-            gap = {
-                "num_records": lost.num_records,
-                "num_bytes": lost.num_bytes,
-                "last_step": lost.last_step,
-                "reasons": sorted(lost.reasons),
-            }
-        index = encode_index("gap", gap, lay_out([]))
-        self._journal.append(index, np.empty(0, np.uint8), lost.first_step)
-        with self._condition:
-            self._lost = _Lost()
-
-    def _open_journal(self, first_sequence: int) -> Journal:
-        journal = Journal(self.folder, first_sequence, self._token)
-        attempt = self._pack("attempt", -1, self._attempt, [])
-        try:
-            for head in (attempt, *self._tables.values()):
-                journal.append(head.index, head.payload, head.step)
-        except OSError:
-            journal.close()
-            journal.path.unlink(missing_ok=True)
-            raise
-        return journal
-
-    def _rotate(self) -> None:
-        # When no file can be created, the full journal takes the next record too.
-        with suppress(OSError):
-            self._open_next_journal()
-
-    def _open_next_journal(self) -> None:
-        full = self._journal
-        self._journal = self._open_journal(full.next_sequence)
-        full.close()
-        if self._sync == "record":
-            self._force_to_disk()
-        if self._sealing is not None:
-            self._sealing.start(full.next_sequence)
-
-    def _force_to_disk(self, *, newest_only: bool = False) -> None:
-        # A full journal that still waits for its sealing counts too.
-        try:
-            for _, path in journals(self.folder)[-1 if newest_only else 0 :]:
-                sync_file(path)
-            sync_folder(self.folder)
-        except OSError as error:
-            self.problem = f"{self.folder} could not be forced to the disk: {error}"
+        self._appender.finish()

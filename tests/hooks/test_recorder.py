@@ -544,8 +544,8 @@ ENDINGS = {
     "return": "",
     "no reference": "del recorder; gc.collect()",
     "SIGTERM while closing": (
-        "store = recorder._writer._store\n"
-        "    recorder._writer._store = lambda pending: (time.sleep(0.1), store(pending))\n"
+        "appender = recorder._writer._appender\n    store = appender.store\n"
+        "    appender.store = lambda pending: (time.sleep(0.1), store(pending))\n"
         "    for _ in range(5): recorder.step()\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         "    recorder.close()"

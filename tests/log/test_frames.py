@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import struct
@@ -72,24 +71,28 @@ def assert_nothing_wrong(journal: Path) -> tuple[set[int], list[Damage]]:
 
 
 def test_journal_has_the_documented_bytes(tmp_path: Path) -> None:
-    arrays = [LogArray("loss", np.array([1.5, 2.5], np.float32), ("axis",), "fc")]
+    arrays = [
+        LogArray("loss", np.array([1.5, 2.5], np.float32), ("axis",), "fc"),
+        LogArray("ok", np.array([True, False, True]), ("axis",)),
+    ]
     layout = lay_out(arrays)
     payload = np.empty(layout.num_bytes, np.uint8)
     fill_payload(payload, layout, arrays)
     journal = Journal(tmp_path, 7, token=0xABCD)
-    journal.append(encode_index("record", {"measure": "m"}, layout), payload, step=12)
+    journal.append(encode_index("record", {"measure": "m"}, layout), layout, payload, step=12)
     journal.close()
 
     head = b"SONDEJNL" + struct.pack("<IIQQI", 1, 0, 0xABCD, 7, 0)
-    index = json.dumps(
-        {"kind": "record", "measure": "m", "arrays": [["fc", "loss", "float32", [2], ["axis"], 0]]},
-        separators=(",", ":"),
-    ).encode()
+    index = (
+        b'{"kind":"record","measure":"m"}\n'
+        b'[["fc","loss","float32",[2],["axis"],0],[null,"ok","bool",[3],["axis"],8]]'
+    )
     index += b" " * (-len(index) % 8)
     values = struct.pack("<2f", 1.5, 2.5)
-    fixed = b"\x93SONDE\r\n" + struct.pack("<IIQQQqI", len(index), 0, 0xABCD, 8, 7, 12,
-                                           zlib.crc32(values))  # fmt: skip
-    frame = fixed + struct.pack("<I", zlib.crc32(fixed + index)) + index + values
+    flags = bytes([1, 0, 1, 0, 0, 0, 0, 0])
+    fixed = b"\x93SONDE\r\n" + struct.pack("<IIQQQqI", len(index), 2, 0xABCD, 16, 7, 12, 0)
+    rest = index + struct.pack("<II", zlib.crc32(values), zlib.crc32(flags))
+    frame = fixed + struct.pack("<I", zlib.crc32(fixed + rest)) + rest + values + flags
     expected = head + struct.pack("<I", zlib.crc32(head)) + frame
     assert (tmp_path / "000000000007.journal").read_bytes() == expected
 
@@ -199,8 +202,10 @@ def test_every_flipped_byte_of_a_tiny_journal_is_reported(tmp_path: Path) -> Non
     folder.mkdir()
     writer = Journal(folder, 0, token=1)
     for step in range(3):
-        index = encode_index("record", {"measure": "m", "source": "s"}, lay_out([]))
-        writer.append(index, np.full(8, step, np.uint8), step)
+        values = np.full(8, step, np.uint8)
+        layout = lay_out([LogArray("a", values, ("n",))])
+        index = encode_index("record", {"measure": "m", "source": "s"}, layout)
+        writer.append(index, layout, values, step)
     writer.close()
     content = writer.path.read_bytes()
     for position in range(len(content)):

@@ -19,9 +19,9 @@ import xarray
 from sonde.exceptions import FormatError, RunNotFoundError
 from sonde.log import LogArray, LogWriter, open_run
 from sonde.log import seal as seal_module
-from sonde.log.hdf5 import write_segment
 from sonde.log.seal import main, seal_journal, seal_run
-from sonde.log.segment import check_segment
+from sonde.log.segment_writer import write_segment
+from sonde.log.verify import verify_run
 
 from .conftest import (
     assert_intact,
@@ -227,8 +227,8 @@ def test_command_reports_an_error_in_one_line(
         main()
 
 
-def test_checksum_of_a_segment_holds(segment: Path) -> None:
-    assert check_segment(segment) is None
+def test_sealed_run_verifies(segment: Path) -> None:
+    assert verify_run(segment.parent.parent) == []
 
 
 def test_segment_opens_in_plain_h5py(segment: Path) -> None:
