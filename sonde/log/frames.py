@@ -87,16 +87,21 @@ class ArrayEntry:
 class Layout:
     """Where the arrays of a payload lie; shared by all frames whose arrays have the same layout.
 
+    Args:
+        entries: One per array.
+        is_native: The arrays to be copied are in the byte order of this machine.
+
     Attributes:
         entries: One per array.
         num_bytes: The size of the payload.
         array_bytes: The size of the arrays alone.
         index: The entries as they stand in the index of a frame.
+        is_joinable: The payload is the arrays as they are in memory, with nothing between them.
         slots: Where each array starts and, with the zeros behind it, ends.
         columns: The position of each array among the entries, by layer and field.
     """
 
-    def __init__(self, entries: tuple[ArrayEntry, ...]) -> None:
+    def __init__(self, entries: tuple[ArrayEntry, ...], *, is_native: bool = False) -> None:
         self.entries = entries
         sizes = [entry.num_bytes for entry in entries]
         ends = [_padded(entry.offset + n) for entry, n in zip(entries, sizes, strict=True)]
@@ -104,7 +109,9 @@ class Layout:
         self.array_bytes = sum(sizes)
         items = [[e.layer, e.field, e.dtype, e.shape, e.dims, e.offset] for e in entries]
         self.index = json.dumps(items, separators=(",", ":"))
-        self.is_gapless = all(size % 8 == 0 for size in sizes)
+        self.is_joinable = (
+            is_native and sys.byteorder == "little" and all(size % 8 == 0 for size in sizes)
+        )
         self.slots = [(entry.offset, end) for entry, end in zip(entries, ends, strict=True)]
         self.columns = {(e.layer, e.field): i for i, e in enumerate(entries)}
 
@@ -261,17 +268,21 @@ def _new_layout(arrays: Sequence[LogArray]) -> Layout:
         )
         entries.append(entry)
         offset = _padded(offset + entry.num_bytes)
-    return Layout(tuple(entries))
+    return Layout(tuple(entries), is_native=all(array.values.dtype.isnative for array in arrays))
 
 
 def fill_payload(
     payload: npt.NDArray[np.uint8], layout: Layout, arrays: Sequence[LogArray]
 ) -> None:
     """Copy arrays into a payload laid out by `lay_out`; the only copy on the training thread."""
-    flat = _flat_bytes(layout, arrays)
-    if flat:
-        np.concatenate(flat, out=payload)
-        return
+    if layout.is_joinable and arrays:
+        try:
+            flat = [np.frombuffer(array.values, np.uint8) for array in arrays]
+        except ValueError:
+            pass  # One is not contiguous.
+        else:
+            np.concatenate(flat, out=payload)
+            return
     end = 0
     for entry, array in zip(layout.entries, arrays, strict=True):
         payload[end : entry.offset] = 0
@@ -279,16 +290,6 @@ def fill_payload(
         target = payload[entry.offset : end].view(storage_dtype(entry.dtype)).reshape(entry.shape)
         np.copyto(target, array.values)
     payload[end:] = 0
-
-
-def _flat_bytes(layout: Layout, arrays: Sequence[LogArray]) -> list[npt.NDArray[np.uint8]]:
-    """Return the arrays as bytes, if they can be copied in one go; otherwise nothing."""
-    if not layout.is_gapless or sys.byteorder != "little":
-        return []
-    values = [array.values for array in arrays]
-    if not all([v.flags.c_contiguous and v.dtype.isnative for v in values]):
-        return []
-    return [v.reshape(-1).view(np.uint8) for v in values]
 
 
 def encode_index(kind: str, body: dict[str, Any], layout: Layout) -> bytes:
