@@ -19,7 +19,6 @@ import math
 import os
 import struct
 import sys
-import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import FormatError, InvalidInputError
 
@@ -188,7 +188,7 @@ def from_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 def slot_checksum(raw: bytes | memoryview) -> int:
     """Return the checksum of an array: of its bytes and of zeros up to a multiple of 8."""
-    return zlib.crc32(b"\0" * (-len(raw) % 8), zlib.crc32(raw))
+    return crc32(b"\0" * (-len(raw) % 8), crc32(raw))
 
 
 def link_name(name: str) -> str:
@@ -314,16 +314,16 @@ def encode_header(
         _FRAME_MAGIC, len(index), num_arrays, token, payload.nbytes, sequence, step, 0, 0
     )[:-4]
     whole = payload.data
-    checksums = [zlib.crc32(whole[start:end]) for start, end in layout.slots]
+    checksums = [crc32(whole[start:end]) for start, end in layout.slots]
     table = struct.pack(f"<{num_arrays}I", *checksums).ljust(_padded(4 * num_arrays), b"\0")
     rest = index + table
-    return fixed + struct.pack("<I", zlib.crc32(rest, zlib.crc32(fixed))) + rest
+    return fixed + struct.pack("<I", crc32(rest, crc32(fixed))) + rest
 
 
 def encode_file_header(token: int, first_sequence: int) -> bytes:
     """Encode the header a journal starts with."""
     head = _FILE.pack(_FILE_MAGIC, FORMAT_VERSION, 0, token, first_sequence, 0, 0)[:-4]
-    return head + struct.pack("<I", zlib.crc32(head))
+    return head + struct.pack("<I", crc32(head))
 
 
 def scan_journal(fd: int, name: str, *, verify: bool = True) -> Iterator[Frame | Damage]:
@@ -433,7 +433,7 @@ def _read_file_header(
     head = read_at(fd, _FILE.size, 0)
     if len(head) == _FILE.size:
         magic, version, _, token, first_sequence, _, checksum = _FILE.unpack(head)
-        if magic == _FILE_MAGIC and zlib.crc32(head[:-4]) == checksum:
+        if magic == _FILE_MAGIC and crc32(head[:-4]) == checksum:
             if version > FORMAT_VERSION:
                 raise FormatError(
                     f"{name} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
@@ -458,7 +458,7 @@ def _read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int] | str
     if magic != _FRAME_MAGIC or payload_offset > size:
         return "no valid record header"
     rest = read_at(fd, rest_bytes, offset + _FIXED.size)
-    if zlib.crc32(rest, zlib.crc32(fixed[:-4])) != header_crc:
+    if crc32(rest, crc32(fixed[:-4])) != header_crc:
         return "a record header does not match its checksum"
     if payload_offset + payload_bytes > size:
         return f"record {sequence} ends inside its payload"
@@ -497,7 +497,7 @@ def _slot_checksums(fd: int, payload_offset: int, layout: Layout) -> Iterator[in
                 if not window:
                     break  # The file became shorter.
             piece = window[start - window_start : end - window_start]
-            checksum = zlib.crc32(piece, checksum)
+            checksum = crc32(piece, checksum)
             start += len(piece)
         yield checksum
 

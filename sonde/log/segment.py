@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError
 
@@ -135,12 +135,12 @@ def encode_trailer(metadata_offset: int, metadata: bytes, num_bytes: int, checks
         0,
         metadata_offset,
         len(metadata),
-        zlib.crc32(metadata),
+        crc32(metadata),
         num_bytes,
         checksum,
         0,
     )[:-4]
-    return head + struct.pack("<I", zlib.crc32(head))
+    return head + struct.pack("<I", crc32(head))
 
 
 def checksum_between(fd: int, num_bytes: int, stretches: Sequence[tuple[int, int]]) -> int:
@@ -151,7 +151,7 @@ def checksum_between(fd: int, num_bytes: int, stretches: Sequence[tuple[int, int
             chunk = read_at(fd, min(_CHUNK_BYTES, start - position), position)
             if not chunk:
                 return -1
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk, checksum)
             position += len(chunk)
         position = start + size
     return checksum
@@ -173,7 +173,7 @@ class Segment:
         self.file = file
         offset, num_bytes, checksum, self._num_bytes, self._checksum = _read_trailer(file)
         encoded = _read_bytes(file, offset, num_bytes)
-        if zlib.crc32(encoded) != checksum:
+        if crc32(encoded) != checksum:
             raise DamageError(f"{file.name}: the metadata does not match its checksum")
         metadata = json.loads(encoded)
         self.frames: list[dict[str, Any]] = metadata["frames"]
@@ -353,7 +353,7 @@ def read_place(file: SegmentFile, place: Place, what: str) -> npt.NDArray[Any]:
     storage = storage_dtype(place.dtype)
     num_bytes = storage.itemsize * int(np.prod(place.shape, dtype=np.int64))
     raw = _read_bytes(file, place.offset, num_bytes)
-    if zlib.crc32(raw) != place.crc32:
+    if crc32(raw) != place.crc32:
         raise DamageError(f"{file.name}: {what} does not match its checksum")
     return from_storage(np.frombuffer(raw, storage).reshape(place.shape), place.dtype)
 
@@ -371,7 +371,7 @@ def _read_trailer(file: SegmentFile) -> tuple[int, int, int, int, int]:
     magic, version, _, offset, num_bytes, checksum, before, before_checksum, own = _TRAILER.unpack(
         trailer
     )
-    if magic != _TRAILER_MAGIC or zlib.crc32(trailer[:-4]) != own:
+    if magic != _TRAILER_MAGIC or crc32(trailer[:-4]) != own:
         raise DamageError(
             f"{file.name}: the segment has no valid trailer: it is cut short or damaged"
         )

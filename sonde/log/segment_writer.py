@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import FormatError
 
@@ -137,7 +137,7 @@ def _write_place(
         "offset": offset_of(dataset),
         "dtype": dtype or values.dtype.name,
         "shape": values.shape,
-        "crc32": zlib.crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b""),
+        "crc32": crc32(np.ascontiguousarray(values).data.cast("B") if values.size else b""),
     }
 
 
