@@ -1,13 +1,14 @@
-# make demo   record three small trainings and analyze them (a few minutes, the install aside)
-# make test   lint, format and type checks, then the tests
-# make bench  what recording costs, beside peers, in one run
+# make demo       record three small trainings and analyze them (a few minutes, the install aside)
+# make test       lint, format and type checks, then the tests
+# make test-full  the fault tests of the log at full size: kills, power cuts, errors, damage
+# make bench      what recording costs, beside peers, in one run
 # Needs Python >= 3.10 and make; both make a virtual environment of their own in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-full bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo-installed
@@ -18,6 +19,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.test-installed
+	$(BIN)/python -m pytest --full tests/log
 
 bench: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py
