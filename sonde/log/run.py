@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sonde.exceptions import (
-    MeasureNotFoundError,
-)
+from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
 from .frames import Damage
 from .layout import read_run_file
@@ -61,11 +59,13 @@ class Run:
         self.path = Path(path)
         self.info = read_run_file(self.path)
         self._index = Index(self.path)
+        self._only_rank: int | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what was recorded, sealed or damaged since the run was opened."""
-        self._writers = self._index.read()
+        rank = self._only_rank
+        self._writers = [w for w in self._index.read() if rank is None or w.rank == rank]
         self._records = _visible_records(self._writers)
         self._logs = {key: MeasureLog(self, *key) for key in self._records}
 
@@ -93,6 +93,22 @@ class Run:
     def ranks(self) -> list[int]:
         """The ranks that wrote."""
         return sorted({writer.rank for writer in self._writers})
+
+    def rank(self, rank: int) -> Run:
+        """Return the run as one of its ranks recorded it.
+
+        Raises:
+            InvalidInputError: If that rank recorded nothing.
+        """
+        if rank not in self.ranks:
+            known = ", ".join(map(str, self.ranks)) or "none"
+            raise InvalidInputError(
+                f"rank {rank} recorded nothing in run {self.name!r}; ranks: {known}"
+            )
+        view = Run(self.path)
+        view._only_rank = rank
+        view.refresh()
+        return view
 
     @property
     def measures(self) -> list[str]:
