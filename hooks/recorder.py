@@ -103,7 +103,10 @@ class Recorder:
         self._handles: list[Any] = []
         self._is_closed = False
         self._has_started = False
-        tables = {measure.source: measure.table() for measure in self._measures}
+        tables = {
+            measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
+            for measure in self._measures
+        }
         rank, num_ranks = process_rank(os.environ)
         about = environment()
         if resume and overwrite:
@@ -125,9 +128,9 @@ class Recorder:
             block=block,
         )
         closing.register(self)
-        for source, table in tables.items():
+        for source, (table, about_source) in tables.items():
             if table:
-                self._writer.add_table(source, table)
+                self._writer.add_table(source, table, about_source)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Recorder:
         """Count the steps of an optimizer, and measure after those that are due.

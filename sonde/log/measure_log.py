@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, StepNotFoundError
 
-from .parts import Record, StreamKey, StreamShape
+from .examples import Examples
+from .parts import Part, StreamKey, StreamShape
+from .ranks import Shares, merge_ids, table_ids
 
 if TYPE_CHECKING:
     from .run import Run
@@ -31,8 +34,12 @@ class MeasureLog:
         self.source = source
 
     @property
-    def _records(self) -> dict[int, Record]:
+    def _records(self) -> dict[int, Shares]:
         return self.run._records[self.measure, self.source]
+
+    @property
+    def _examples(self) -> Examples:
+        return self.run._examples[self.measure, self.source]
 
     @property
     def steps(self) -> list[int]:
@@ -42,7 +49,7 @@ class MeasureLog:
     @property
     def streams(self) -> list[tuple[str | None, str]]:
         """Every (layer, field) that some record has, in the order they were recorded."""
-        parts = dict.fromkeys(record.part for record in self._records.values())
+        parts = dict.fromkeys(s.record.part for shares in self._records.values() for s in shares)
         return list(dict.fromkeys(key for part in parts for key in part.stream_keys()))
 
     @property
@@ -52,8 +59,20 @@ class MeasureLog:
 
     @property
     def ids(self) -> npt.NDArray[np.int64] | None:
-        """The ids of the examples, int64 [examples], or None if the source has none."""
-        return self.table("id") if "id" in self._table_fields() else None
+        """The ids of the examples, int64 [examples].
+
+        None if the source names none, or others at each step; see `ids_at`.
+        """
+        return self.run._retry(lambda: self._examples.ids)
+
+    def ids_at(self, step: int = -1) -> npt.NDArray[np.int64] | None:
+        """Return the ids of the examples of one record, in the order of its arrays.
+
+        Raises:
+            StepNotFoundError: If the step was not recorded.
+        """
+        wanted = self.resolve_step(step)
+        return self.run._retry(lambda: self._examples.ids_at(wanted))
 
     @property
     def targets(self) -> npt.NDArray[Any] | None:
@@ -65,8 +84,9 @@ class MeasureLog:
         """The bytes of all arrays of all records."""
         return sum(
             stream.num_bytes
-            for record in self._records.values()
-            for stream in record.part.streams(record.row).values()
+            for shares in self._records.values()
+            for share in shares
+            for stream in share.record.part.streams(share.record.row).values()
         )
 
     def fields(self, layer: str | None = None) -> list[str]:
@@ -76,7 +96,7 @@ class MeasureLog:
     def steps_of(self, field: str, layer: str | None = None) -> list[int]:
         """Return the steps whose record has this array."""
         key = (layer, field)
-        return [s for s, record in self._records.items() if record.part.has(record.row, key)]
+        return [step for step, shares in self._records.items() if _has(shares, key)]
 
     def resolve_step(self, step: int) -> int:
         """Return a recorded step; a negative number counts from the end.
@@ -102,9 +122,13 @@ class MeasureLog:
             step: The step; negative numbers count from the end.
             layer: The layer it belongs to, if any.
 
+        Where each rank recorded its own examples, this holds all of them in the order of `ids_at`;
+        an array without examples is that of the lowest rank.
+
         Raises:
             StepNotFoundError: If the step was not recorded.
             LayerNotFoundError: If the record has no such layer or field.
+            MismatchError: If the ranks' parts cannot be put together.
         """
         wanted = self.resolve_step(step)
         return self.run._retry(lambda: self._read(wanted, (layer, field)))
@@ -126,7 +150,7 @@ class MeasureLog:
         if steps is None:
             wanted = self.steps_of(field, layer)
             if not wanted:
-                self._require(next(iter(self._records.values())), (layer, field))
+                self._require(next(iter(self._records)), (layer, field))
         else:
             wanted = [self.resolve_step(step) for step in steps]
         return self.run._retry(lambda: np.stack(self._read_many(wanted, (layer, field))))
@@ -177,7 +201,7 @@ class MeasureLog:
         Raises:
             StepNotFoundError: If the step was not recorded.
         """
-        return self._records[self.resolve_step(step)].attributes
+        return self._records[self.resolve_step(step)][0].record.attributes
 
     def time(self, step: int = -1) -> float | None:
         """Return when the record of a step was taken, in seconds since 1970 (UTC).
@@ -185,7 +209,7 @@ class MeasureLog:
         Raises:
             StepNotFoundError: If the step was not recorded.
         """
-        return self._records[self.resolve_step(step)].time
+        return self._records[self.resolve_step(step)][0].record.time
 
     def describe(self, step: int = -1) -> dict[StreamKey, StreamShape]:
         """Return shape, dims and dtype of every array of a record, by (layer, field).
@@ -193,8 +217,26 @@ class MeasureLog:
         Raises:
             StepNotFoundError: If the step was not recorded.
         """
-        record = self._records[self.resolve_step(step)]
-        return record.part.streams(record.row)
+        wanted = self.resolve_step(step)
+        shares = self._records[wanted]
+        streams = shares[0].record.part.streams(shares[0].record.row)
+        if len(shares) == 1:
+            return streams
+        ids = self.ids_at(wanted)
+        assert ids is not None  # Else there would be one share.
+        return {
+            key: stream.with_size("example", len(ids))
+            for key, stream in streams.items()
+            if _has(shares, key)
+        }
+
+    def ranks_at(self, step: int = -1) -> list[int]:
+        """Return the ranks whose examples the arrays of a record hold.
+
+        Raises:
+            StepNotFoundError: If the step was not recorded.
+        """
+        return [share.writer.rank for share in self._records[self.resolve_step(step)]]
 
     def table(self, field: str) -> npt.NDArray[Any]:
         """Return an array of the source that does not depend on the step, such as `triplet`.
@@ -225,13 +267,18 @@ class MeasureLog:
         )
 
     def _read_table(self, field: str) -> npt.NDArray[Any]:
-        table = self.run._table(self.source)
-        assert table is not None
-        return table.arrays[field]()
+        tables = self.run._tables(self.source)
+        first = tables[0]
+        writers = [share.writer for share in next(reversed(self._records.values()))]
+        if len(writers) == 1 or "example" not in first.dims.get(field, ()):
+            return first.arrays[field]()
+        axis = first.dims[field].index("example")
+        each = [ids for writer in writers if (ids := table_ids(writer, self.source)) is not None]
+        parts = [writer.tables[self.source].arrays[field]() for writer in writers]
+        return np.concatenate(parts, axis).take(merge_ids(each)[1], axis)
 
     def _table_fields(self) -> list[str]:
-        table = self.run._table(self.source)
-        return list(table.arrays) if table else []
+        return [field for table in self.run._tables(self.source)[:1] for field in table.arrays]
 
     def _check_layer(self, layer: str) -> list[str]:
         fields = self.fields(layer)
@@ -243,35 +290,48 @@ class MeasureLog:
         return fields
 
     def _read(self, step: int, key: StreamKey) -> npt.NDArray[Any]:
-        record = self._records[step]
-        self._require(record, key)
-        return record.part.read(record.row, key)
+        self._require(step, key)
+        records = [share.record for share in self._records[step]]
+        arrays = [record.part.read(record.row, key) for record in records]
+        return self._examples.join(step, arrays, self._dims(step, key))
 
     def _read_many(self, steps: Sequence[int], key: StreamKey) -> list[npt.NDArray[Any]]:
-        records = [self._records[step] for step in steps]
         arrays: list[npt.NDArray[Any]] = []
-        position = 0
-        while position < len(records):
-            part = records[position].part
-            end = position
-            while end < len(records) and records[end].part is part:
-                self._require(records[end], key)
-                end += 1
-            arrays += part.read_many([record.row for record in records[position:end]], key)
-            position = end
+        for shares_part, group in groupby(steps, lambda step: self._only_part(step)):
+            at = list(group)
+            if shares_part is None:
+                arrays += [self._read(step, key) for step in at]
+                continue
+            for step in at:
+                self._require(step, key)
+            read = shares_part.read_many([self._records[step][0].record.row for step in at], key)
+            for step, values in zip(at, read, strict=True):
+                arrays.append(self._examples.join(step, [values], self._dims(step, key)))
         return arrays
 
-    def _require(self, record: Record, key: StreamKey) -> None:
-        if record.part.has(record.row, key):
+    def _only_part(self, step: int) -> Part | None:
+        shares = self._records[step]
+        return shares[0].record.part if len(shares) == 1 else None
+
+    def _dims(self, step: int, key: StreamKey) -> tuple[str, ...]:
+        record = self._records[step][0].record
+        return record.part.dims(record.row, key)
+
+    def _require(self, step: int, key: StreamKey) -> None:
+        shares = self._records[step]
+        if _has(shares, key):
             return
         layer, field = key
         if layer is not None:
             self._check_layer(layer)
-        there = [name for at, name in record.part.streams(record.row) if at == layer]
+        lacking = next(s for s in shares if not s.record.part.has(s.record.row, key))
+        streams = lacking.record.part.streams(lacking.record.row)
+        there = [name for at, name in streams if at == layer]
         where = f"layer '{layer}'" if layer is not None else "the record"
+        rank = f" of rank {lacking.writer.rank}" if len(shares) > 1 else ""
         raise LayerNotFoundError(
             f"'{self.measure}' of run {self.run.name!r} has no '{field}' for {where} at step "
-            f"{record.step}; there is: {', '.join(there) or 'nothing'}"
+            f"{step}{rank}; there is: {', '.join(there) or 'nothing'}"
         )
 
 
@@ -311,6 +371,10 @@ class LayerLog:
 
     def __repr__(self) -> str:
         return f"<layer {self.name!r}: {', '.join(self.fields)} at {len(self.steps)} steps>"
+
+
+def _has(shares: Shares, key: StreamKey) -> bool:
+    return all(share.record.part.has(share.record.row, key) for share in shares)
 
 
 def listing(items: Sequence[object], limit: int = 12) -> str:

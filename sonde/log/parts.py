@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ class StreamShape:
         """The size of the array in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * storage_dtype(self.dtype).itemsize
 
+    def with_size(self, dim: str, size: int) -> StreamShape:
+        """Return the same with another size along an axis."""
+        sizes = zip(self.dims, self.shape, strict=True)
+        return replace(self, shape=tuple(size if name == dim else n for name, n in sizes))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -60,6 +65,10 @@ class Part(ABC):
     @abstractmethod
     def has(self, row: int, key: StreamKey) -> bool:
         """Tell whether a record has a stream."""
+
+    def dims(self, row: int, key: StreamKey) -> tuple[str, ...]:
+        """Return the names of the axes of one stream of one record."""
+        return self.streams(row)[key].dims
 
     @abstractmethod
     def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
@@ -124,6 +133,11 @@ class JournalPart(Part):
         """Tell whether a record has a stream."""
         return key in self._frames[row].layout.columns
 
+    def dims(self, row: int, key: StreamKey) -> tuple[str, ...]:
+        """Return the names of the axes of one stream of one record."""
+        layout = self._frames[row].layout
+        return layout.entries[layout.columns[key]].dims
+
     def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
         """Return one stream of one record."""
         frame = self._frames[row]
@@ -168,6 +182,10 @@ class SegmentPart(Part):
         """Tell whether a record has a stream."""
         stream = self._records.streams.get(key)
         return stream is not None and self._records.has(row, stream)
+
+    def dims(self, row: int, key: StreamKey) -> tuple[str, ...]:
+        """Return the names of the axes of one stream of one record."""
+        return self._records.streams[key].dims
 
     def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
         """Return one stream of one record."""

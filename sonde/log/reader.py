@@ -28,10 +28,17 @@ from .segment import Segment, SegmentFile, identify
 
 @dataclass(frozen=True)
 class Table:
-    """Arrays of a source that do not depend on the step."""
+    """Arrays of a source that do not depend on the step.
+
+    Attributes:
+        attributes: What else the table says of itself.
+        arrays: What reads each array, by field.
+        dims: One name per axis of each array, by field.
+    """
 
     attributes: dict[str, Any]
     arrays: Mapping[str, Callable[[], npt.NDArray[Any]]]
+    dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -195,7 +202,8 @@ class _LogBuilder:
                 self._add_event(item)
         for table in found.segment.tables:
             arrays = {e["field"]: partial(found.segment.table, e) for e in table["arrays"]}
-            log.tables[table["name"]] = Table(table["attributes"], arrays)
+            dims = {e["field"]: tuple(e["dims"]) for e in table["arrays"]}
+            log.tables[table["name"]] = Table(table["attributes"], arrays, dims)
         for part in found.parts:
             self._seen.update(record.sequence for record in part.records)
             log.parts.setdefault((part.measure, part.source), []).append(part)
@@ -223,7 +231,8 @@ class _LogBuilder:
                     entry.field: partial(read_array, journal.file, item, column)
                     for column, entry in enumerate(item.arrays)
                 }
-                log.tables[item.body["name"]] = Table(item.body["attributes"], arrays)
+                dims = {entry.field: entry.dims for entry in item.arrays}
+                log.tables[item.body["name"]] = Table(item.body["attributes"], arrays, dims)
             else:
                 numbers = {"kind": item.kind, "step": item.step, "sequence": item.sequence}
                 self._add_event({**numbers, **item.body})

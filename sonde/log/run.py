@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
+from .examples import Examples
 from .frames import Damage
 from .layout import read_run_file
 from .measure_log import MeasureLog, count_text
-from .parts import Record
-from .reader import Index, Table, WriterLog
+from .ranks import join
+from .reader import Index, Table
 
 if TYPE_CHECKING:
     import xarray
@@ -66,7 +67,9 @@ class Run:
         """Take in what was recorded, sealed or damaged since the run was opened."""
         rank = self._only_rank
         self._writers = [w for w in self._index.read() if rank is None or w.rank == rank]
-        self._records = _visible_records(self._writers)
+        joined = join(self._writers)
+        self._records, self._findings = joined.records, joined.findings
+        self._examples = {key: Examples(self.name, *key, r) for key, r in self._records.items()}
         self._logs = {key: MeasureLog(self, *key) for key in self._records}
 
     @property
@@ -132,16 +135,8 @@ class Run:
                 if event["kind"] in ("note", "gap"):
                     note = {name: event[name] for name in event if name not in ("kind", "sequence")}
                     notes.append({"event": event["kind"], **note, "rank": writer.rank})
-        if len(self.ranks) > 1:
-            others = ", ".join(str(rank) for rank in self.ranks[1:])
-            notes.append(
-                {
-                    "event": "other ranks",
-                    "step": -1,
-                    "reason": f"records of rank {self.ranks[0]} are read; "
-                    f"rank {others} recorded the same probes",
-                }
-            )
+        if self._only_rank is None:
+            notes += self._findings
         return notes
 
     @property
@@ -222,7 +217,8 @@ class Run:
         """Load records as a tree of datasets, `/measure/source`, with named dimensions.
 
         Everything selected is held in memory. A record that lacks a stream reads as NaN; streams
-        whose shape changes between records are named in the attribute `ragged` instead.
+        whose shape changes between records are named in the attribute `ragged` instead, those that
+        each rank has of its own examples in `by_rank`.
 
         Args:
             measures: Only these measures.
@@ -265,11 +261,10 @@ class Run:
             )
         return measure, source or sources[0]
 
-    def _table(self, source: str) -> Table | None:
-        for writer in reversed(self._writers):
-            if source in writer.tables:
-                return writer.tables[source]
-        return None
+    def _tables(self, source: str) -> list[Table]:
+        """Return the tables of a source, those of the latest attempt and its lowest rank first."""
+        latest_first = sorted(self._writers, key=lambda w: (-w.attempt, w.rank))
+        return [writer.tables[source] for writer in latest_first if source in writer.tables]
 
     def _retry(self, read: Callable[[], _Result]) -> _Result:
         try:
@@ -278,29 +273,3 @@ class Run:
             # The journal was sealed since it was listed.
             self.refresh()
             return read()
-
-
-def _visible_records(
-    writers: Sequence[WriterLog],
-) -> dict[tuple[str, str], dict[int, Record]]:
-    """Return one record per step for each measure × source, the latest one that counts.
-
-    An attempt that resumed at a step supersedes what earlier attempts recorded from there on.
-    """
-    rank = min((writer.rank for writer in writers), default=0)
-    chosen = sorted((w for w in writers if w.rank == rank), key=lambda writer: writer.attempt)
-    found: dict[tuple[str, str], dict[int, Record]] = {}
-    for writer in chosen:
-        if not writer.parts:
-            continue  # An attempt that recorded nothing supersedes nothing.
-        for records in found.values():
-            for step in [step for step in records if step >= writer.resume_step]:
-                del records[step]
-        for key, parts in writer.parts.items():
-            records = found.setdefault(key, {})
-            for record in sorted(
-                (record for part in parts for record in part.records),
-                key=lambda record: record.sequence,
-            ):
-                records[record.step] = record
-    return {key: dict(sorted(records.items())) for key, records in found.items() if records}

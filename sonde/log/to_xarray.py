@@ -40,7 +40,7 @@ def dataset_of(
         for dim, size in zip(stream.dims, stream.shape, strict=True)
         for name in (dim, f"{dim}_{size}")
     }
-    ragged = []
+    ragged, by_rank = [], []
     for layer, field in log.streams:
         if layers is not None and layer is not None and layer not in layers:
             continue
@@ -52,6 +52,9 @@ def dataset_of(
             ragged += [name] if shapes else []
             continue
         stream = described[present[0]][layer, field]
+        if set(_EXAMPLE_DIMS) <= set(stream.dims) and len(log.ranks_at(present[0])) > 1:
+            by_rank.append(name)
+            continue
         values = _aligned(log.stack(field, present, layer), present, wanted)
         dims = tuple(
             _free_name(sizes, dim, size)
@@ -61,7 +64,7 @@ def dataset_of(
     return xarray.Dataset(
         variables,
         coords={"step": wanted, **_example_coordinates(log, sizes)},
-        attrs={"measure": log.measure, "source": log.source, "ragged": ragged},
+        attrs={"measure": log.measure, "source": log.source, "ragged": ragged, "by_rank": by_rank},
     )
 
 

@@ -149,10 +149,10 @@ def read_records(run: Run) -> dict[int, dict[StreamKey, Array]]:
     }
 
 
-def copies(path: Path) -> Counter[tuple[int, str, str, int]]:
+def copies(path: Path) -> Counter[tuple[int, int, str, str, int]]:
     """Count how often each record of a run is found, before a reader chooses."""
     return Counter(
-        (writer.attempt, *key, record.step)
+        (writer.attempt, writer.rank, *key, record.step)
         for writer in read_index(path)
         for key, parts in writer.parts.items()
         for part in parts

@@ -495,23 +495,6 @@ def assert_intact_except_copies(path: Path, numbers: range) -> Run:
     return run
 
 
-def test_lowest_rank_is_read_and_the_others_are_named(run_path: Path) -> None:
-    for rank in (2, 1):
-        writer = LogWriter(run_path, rank=rank, seal=False)
-        writer.append("m", "s", rank, [LogArray("a", np.array(rank), ())])
-        writer.close()
-    run = open_run(run_path)
-    assert run.ranks == [1, 2]
-    assert run.m.stack("a").tolist() == [1]
-    assert run.notes == [
-        {
-            "event": "other ranks",
-            "step": -1,
-            "reason": "records of rank 1 are read; rank 2 recorded the same probes",
-        }
-    ]
-
-
 def test_attempts_are_ordered_by_number(run_path: Path) -> None:
     for attempt in (2, 10, 9):
         LogWriter(run_path, attempt=attempt, about={"host": str(attempt)}, seal=False).close()
