@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sonde.exceptions import MismatchError, RunExistsError
+from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
 from sonde.log.layout import (
     RUN_FILE,
     is_being_written,
@@ -18,11 +19,15 @@ from sonde.log.layout import (
 
 from . import closing
 
+_WAIT_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_STARTED = time.time()
+
 
 def create_run(
     path: Path, description: Mapping[str, Any], rank: int, *, resume: bool, overwrite: bool
 ) -> int:
-    """Prepare a run directory for a recorder; rank 0 does it for all.
+    """Prepare a run directory for a recorder; rank 0 does it for all, and the others wait for it.
 
     Args:
         path: The run directory.
@@ -32,17 +37,20 @@ def create_run(
         overwrite: Delete a run that is already there.
 
     Returns:
-        The number of this attempt, counted from 0.
+        The number of this attempt, counted from 0; the same on all ranks.
 
     Raises:
         RunExistsError: If there is a run and nothing says what to do with it, or another process
             writes it.
+        RunNotFoundError: If this is another rank, and rank 0 does not start to record.
         MismatchError: If the run to resume was recorded with other examples or measures.
         OSError: If the directory cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
+    if rank:
+        return _join_attempt(path, rank)
     exists = (path / RUN_FILE).exists()
-    if rank == 0 and exists:
+    if exists:
         if not resume and not overwrite:
             raise RunExistsError(
                 f"{path} already holds a run; record into another directory, go on with it by "
@@ -53,10 +61,37 @@ def create_run(
             _check_same(path, read_run_file(path), description)
         else:
             _delete_run(path)
-    if rank == 0 and not (exists and resume):
+    if not (exists and resume):
         write_run_file(path, dict(description))
-    attempts = [attempt for attempt, of_rank, _ in writer_folders(path) if of_rank == rank]
-    return max(attempts, default=-1) + 1
+    return max((attempt for attempt, _, _ in writer_folders(path)), default=-1) + 1
+
+
+def _join_attempt(path: Path, rank: int) -> int:
+    """Wait for the attempt that rank 0 records, and return its number.
+
+    Raises:
+        RunNotFoundError: If rank 0 does not start to record.
+    """
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while time.monotonic() < deadline:
+        folders = writer_folders(path)
+        taken = {attempt for attempt, of_rank, _ in folders if of_rank == rank}
+        for attempt, of_rank, folder in reversed(folders):
+            if of_rank == 0 and attempt not in taken and _is_new(folder):
+                return attempt
+        time.sleep(_POLL_SECONDS)
+    raise RunNotFoundError(
+        f"rank {rank} waited {_WAIT_SECONDS:.0f} seconds for rank 0 to record into {path}; make a "
+        "recorder on rank 0 too, before anything that waits for the other ranks"
+    )
+
+
+def _is_new(folder: Path) -> bool:
+    """Tell whether a folder is written in this launch of the training, or was."""
+    try:
+        return is_being_written(folder) or folder.stat().st_mtime >= _STARTED
+    except FileNotFoundError:  # Rank 0 deletes what it overwrites.
+        return False
 
 
 def _check_nobody_writes(path: Path) -> None:

@@ -1,0 +1,167 @@
+"""The run directory of several ranks: one attempt for all, whoever comes first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sonde
+from sonde.exceptions import RunExistsError, RunNotFoundError
+from sonde.hooks import run_directory
+from sonde.log.layout import writer_folders
+
+Make = Callable[..., sonde.Recorder]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> Make:
+    """Make a recorder as one rank of several, whose probe is that rank's part of the images."""
+
+    def as_rank(rank: int, *, world_size: int = 2, **options: Any) -> sonde.Recorder:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        own = slice(rank, None, world_size)
+        probe = sonde.Probe(images[own], ids=range(len(images))[own])
+        store = sonde.Full(torch.float32)
+        measure = sonde.Activations(probe, "", store=store)
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], **options)
+
+    return as_rank
+
+
+def attempts(path: Path) -> list[tuple[int, int]]:
+    return [(attempt, rank) for attempt, rank, _ in writer_folders(path)]
+
+
+def test_ranks_record_one_attempt_each_time_they_resume(tmp_path: Path, make: Make) -> None:
+    for attempt in range(3):
+        recorders = [make(rank, resume=True) for rank in (0, 1)]
+        assert attempts(tmp_path / "run")[-2:] == [(attempt, 0), (attempt, 1)]
+        for recorder in recorders:
+            recorder.close()
+
+
+def test_a_rank_that_missed_an_attempt_comes_back_into_that_of_the_others(
+    tmp_path: Path, make: Make
+) -> None:
+    make(0).close()
+    first = make(0, resume=True)
+    make(1, resume=True).close()
+    first.close()
+    assert attempts(tmp_path / "run") == [(0, 0), (1, 0), (1, 1)]
+
+
+def test_a_rank_waits_for_the_first(tmp_path: Path, make: Make) -> None:
+    waiting = threading.Thread(target=lambda: made.append(make(1)))
+    made: list[sonde.Recorder] = []
+    waiting.start()
+    while not (tmp_path / "run").exists():
+        time.sleep(0.001)
+    made.append(make(0))
+    waiting.join(60)
+    assert attempts(tmp_path / "run") == [(0, 0), (0, 1)]
+    for recorder in made:
+        recorder.close()
+
+
+def test_a_rank_whose_first_never_comes_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "_WAIT_SECONDS", 0.2)
+    with pytest.raises(RunNotFoundError, match="rank 1 waited 0 seconds for rank 0 to record into"):
+        make(1)
+
+
+def test_an_attempt_of_an_earlier_launch_is_not_joined(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(0, world_size=1).close()
+    monkeypatch.setattr(run_directory, "_STARTED", time.time() + 10)
+    monkeypatch.setattr(run_directory, "_WAIT_SECONDS", 0.2)
+    with pytest.raises(RunNotFoundError, match="rank 1 waited"):
+        make(1, resume=True)
+
+
+def test_a_run_that_another_rank_still_writes_is_not_resumed(make: Make) -> None:
+    first, second = make(0), make(1)
+    first.close()
+    # In this process it is closed; the lock of another process would stay.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sonde.hooks.closing.still_open", list)
+        with pytest.raises(RunExistsError, match="is being written by another process"):
+            make(0, resume=True)
+    second.close()
+
+
+def test_each_ranks_part_of_a_probe_is_joined(tmp_path: Path, make: Make, images: Tensor) -> None:
+    recorders = [make(rank, world_size=3) for rank in range(3)]
+    for recorder in recorders:
+        recorder.measure()
+        recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert run.activations.ids is not None
+    assert run.activations.ids.tolist() == list(range(len(images)))
+    assert torch.equal(torch.tensor(run.activations.features("")), images.flatten(1))
+    assert run.notes == [note for note in run.notes if note["event"] == "layers"]
+
+
+SCRIPT = """if True:
+    import os, sys, torch, sonde
+    from torch import nn
+
+    path, num_steps, resumed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    probe = sonde.Probe(x[rank::4], ids=range(rank, 8, 4))
+    recorder = sonde.Recorder(
+        path,
+        model,
+        [sonde.Activations(probe, store=sonde.Full(torch.float32)), sonde.Predictions(probe)],
+        when=sonde.every(1),
+        resume=True,
+    ).attach(optimizer)
+    if resumed >= 0:
+        recorder.load_state_dict({"version": 1, "num_steps": resumed, "num_epochs": 0})
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    recorder.sync()
+    os._exit(0) if rank == 3 else recorder.close()
+"""
+
+
+def test_four_processes_that_resume_three_times_leave_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    for num_steps, resumed in ((4, -1), (4, 2), (3, 5), (2, 6)):
+        environ = {**os.environ, "WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+        # The last one comes first.
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(path), str(num_steps), str(resumed)],
+                env={**environ, "RANK": str(rank)},
+            )
+            for rank in (3, 2, 1, 0)
+        ]
+        assert [process.wait(120) for process in ranks] == [0, 0, 0, 0]
+    run = sonde.open_run(path)
+    assert attempts(path) == [(attempt, rank) for attempt in range(4) for rank in range(4)]
+    for measure in ("activations", "predictions"):
+        assert run[measure].steps == list(range(9))
+        for rank in range(4):
+            assert run.rank(rank)[measure].steps == list(range(9))
+            assert run[measure].ranks_at(8) == [0, 1, 2, 3]
+    assert run.damage == []
