@@ -21,7 +21,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
 test-full: $(VENV)/.test-installed
-	$(BIN)/python -m pytest --full tests/log
+	$(BIN)/python -m pytest --full tests/log tests/hooks/test_run_directory.py
 
 bench: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
+from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError, SondeWarning
 from sonde.log.layout import (
     RUN_FILE,
     is_being_written,
@@ -19,9 +20,10 @@ from sonde.log.layout import (
 
 from . import closing
 
-_WAIT_SECONDS = 60.0
+# As long as torch.distributed waits for a peer.
+_WAIT_SECONDS = 600.0
+_PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
-_STARTED = time.time()
 
 
 def create_run(
@@ -72,26 +74,26 @@ def _join_attempt(path: Path, rank: int) -> int:
     Raises:
         RunNotFoundError: If rank 0 does not start to record.
     """
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < deadline:
+    start = time.monotonic()
+    has_warned = False
+    while (waited := time.monotonic() - start) < _WAIT_SECONDS:
         folders = writer_folders(path)
         taken = {attempt for attempt, of_rank, _ in folders if of_rank == rank}
         for attempt, of_rank, folder in reversed(folders):
-            if of_rank == 0 and attempt not in taken and _is_new(folder):
+            if of_rank == 0 and attempt not in taken and is_being_written(folder):
                 return attempt
+        if waited > _PATIENCE_SECONDS and not has_warned:
+            has_warned = True
+            warnings.warn(
+                f"sonde: rank {rank} waits for rank 0 to record into {path}",
+                SondeWarning,
+                stacklevel=4,
+            )
         time.sleep(_POLL_SECONDS)
     raise RunNotFoundError(
         f"rank {rank} waited {_WAIT_SECONDS:.0f} seconds for rank 0 to record into {path}; make a "
         "recorder on rank 0 too, before anything that waits for the other ranks"
     )
-
-
-def _is_new(folder: Path) -> bool:
-    """Tell whether a folder is written in this launch of the training, or was."""
-    try:
-        return is_being_written(folder) or folder.stat().st_mtime >= _STARTED
-    except FileNotFoundError:  # Rank 0 deletes what it overwrites.
-        return False
 
 
 def _check_nobody_writes(path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,11 @@ def test_a_rank_whose_first_never_comes_says_so(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_directory, "_WAIT_SECONDS", 0.2)
-    with pytest.raises(RunNotFoundError, match="rank 1 waited 0 seconds for rank 0 to record into"):
+    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
+    with (
+        pytest.warns(sonde.SondeWarning, match="rank 1 waits for rank 0 to record into"),
+        pytest.raises(RunNotFoundError, match="rank 1 waited 0 seconds for rank 0 to record into"),
+    ):
         make(1)
 
 
@@ -86,7 +91,6 @@ def test_an_attempt_of_an_earlier_launch_is_not_joined(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(0, world_size=1).close()
-    monkeypatch.setattr(run_directory, "_STARTED", time.time() + 10)
     monkeypatch.setattr(run_directory, "_WAIT_SECONDS", 0.2)
     with pytest.raises(RunNotFoundError, match="rank 1 waited"):
         make(1, resume=True)
@@ -117,15 +121,18 @@ def test_each_ranks_part_of_a_probe_is_joined(tmp_path: Path, make: Make, images
 
 SCRIPT = """if True:
     import os, sys, torch, sonde
+    import torch.distributed as dist
     from torch import nn
 
     path, num_steps, resumed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[4]}",
+        world_size=world_size, rank=rank)
     torch.manual_seed(0)
     x = torch.randn(8, 4)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    probe = sonde.Probe(x[rank::4], ids=range(rank, 8, 4))
+    probe = sonde.Probe(x[rank::world_size], ids=range(rank, 8, world_size))
     recorder = sonde.Recorder(
         path,
         model,
@@ -138,30 +145,38 @@ SCRIPT = """if True:
     for _ in range(num_steps):
         optimizer.zero_grad()
         model(x).sum().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
         optimizer.step()
     recorder.sync()
-    os._exit(0) if rank == 3 else recorder.close()
+    os._exit(0) if rank == 1 else recorder.close()
+    dist.destroy_process_group()
 """
 
 
-def test_four_processes_that_resume_three_times_leave_each_step_once(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    for num_steps, resumed in ((4, -1), (4, 2), (3, 5), (2, 6)):
-        environ = {**os.environ, "WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+def test_processes_that_resume_leave_each_step_once(
+    tmp_path: Path, is_full: bool, counts: Counter[str]
+) -> None:
+    path, world_size = tmp_path / "run", 4 if is_full else 2
+    launches = [(4, -1), (4, 2), (3, 5), (2, 6)] if is_full else [(4, -1), (6, 2)]
+    environ = {**os.environ, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    for num_steps, resumed in launches:
+        meeting = tmp_path / f"meeting{resumed}"
         # The last one comes first.
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(path), str(num_steps), str(resumed)],
+                [sys.executable, "-c", SCRIPT, *map(str, (path, num_steps, resumed, meeting))],
                 env={**environ, "RANK": str(rank)},
             )
-            for rank in (3, 2, 1, 0)
+            for rank in reversed(range(world_size))
         ]
-        assert [process.wait(120) for process in ranks] == [0, 0, 0, 0]
+        assert [process.wait(300) for process in ranks] == [0] * world_size
     run = sonde.open_run(path)
-    assert attempts(path) == [(attempt, rank) for attempt in range(4) for rank in range(4)]
+    assert attempts(path) == [(a, r) for a in range(len(launches)) for r in range(world_size)]
     for measure in ("activations", "predictions"):
         assert run[measure].steps == list(range(9))
-        for rank in range(4):
+        assert run[measure].ids_at(5).tolist() == list(range(8))  # type: ignore[union-attr]  # has ids
+        for rank in range(world_size):
             assert run.rank(rank)[measure].steps == list(range(9))
-            assert run[measure].ranks_at(8) == [0, 1, 2, 3]
+            counts["(step, rank, measure) of resumed trainings, each read once"] += 9
     assert run.damage == []
