@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +30,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         path: The run directory.
 
     Returns:
-        The run, as it is now; `Run.refresh` takes in what came later.
+        The run, as it is now; `Run.refresh` takes in what came later, `Run.follow` waits for it.
 
     Raises:
         RunNotFoundError: If the path is no run directory.
@@ -71,6 +72,36 @@ class Run:
         self._records, self._findings = joined.records, joined.findings
         self._examples = {key: Examples(self.name, *key, r) for key, r in self._records.items()}
         self._logs = {key: MeasureLog(self, *key) for key in self._records}
+
+    def follow(self, *, poll_seconds: float = 1.0) -> Iterator[tuple[MeasureLog, int]]:
+        """Yield every record, and then each new one as it is committed, until the run ends.
+
+        The training never waits for its readers. A step that a resumed attempt records again is
+        yielded again.
+
+        Args:
+            poll_seconds: How long to wait before looking again.
+
+        Yields:
+            The records of a measure, and the step that is new among them.
+        """
+        seen: set[tuple[str, str, int, int]] = set()
+        while True:
+            self.refresh()
+            # Whether it ended was looked at before its records were listed.
+            has_ended = self.state != "recording"
+            new = [
+                (step, measure, source, shares[0].writer.attempt)
+                for (measure, source), records in self._records.items()
+                for step, shares in records.items()
+                if (measure, source, step, shares[0].writer.attempt) not in seen
+            ]
+            for step, measure, source, attempt in sorted(new, key=lambda item: item[0]):
+                seen.add((measure, source, step, attempt))
+                yield self._logs[measure, source], step
+            if has_ended:
+                return
+            time.sleep(poll_seconds)
 
     @property
     def name(self) -> str:

@@ -444,6 +444,38 @@ def test_refresh_takes_in_what_came_since(run_path: Path) -> None:
     assert_intact(run_path, range(8))
 
 
+def record_and_flush(writer: LogWriter, number: int) -> None:
+    assert writer.append("activations", "probe", number, record_of(number))
+    writer.flush()
+
+
+def test_follow_yields_each_record_once_until_the_writer_closes(run_path: Path) -> None:
+    writer = LogWriter(run_path, segment_bytes=2000)
+    record_and_flush(writer, 0)
+    followed = []
+    for log, step in open_run(run_path).follow(poll_seconds=0.001):
+        followed.append((log.measure, step))
+        assert_identical(log.array("loss", step), record_of(step)[3].values)
+        if len(followed) < 20:
+            record_and_flush(writer, len(followed))
+        else:
+            writer.close()
+    assert followed == [("activations", step) for step in range(20)]
+
+
+def test_follow_yields_what_a_resumed_attempt_records_again(run_path: Path) -> None:
+    first = LogWriter(run_path, seal=False)
+    for number in range(3):
+        record_and_flush(first, number)
+    following = open_run(run_path).follow(poll_seconds=0.001)
+    assert [next(following)[1] for _ in range(3)] == [0, 1, 2]
+    second = LogWriter(run_path, attempt=1, about={"resume_step": 2}, seal=False)
+    record_and_flush(second, 2)
+    first.close()
+    second.close()
+    assert [step for _, step in following] == [2]
+
+
 @pytest.mark.parametrize("are_sealed", [False, True])
 def test_resumed_attempt_hides_what_it_supersedes(run_path: Path, are_sealed: bool) -> None:
     for attempt, (steps, about) in enumerate(
