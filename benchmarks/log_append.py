@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +37,39 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure_memcpy(arrays: Arrays, num_records: int, _: Path) -> float:
-    """Copy each array into a buffer that is there already."""
-    targets = [np.empty_like(array) for array in arrays]
-    start = time.thread_time()
-    for _ in range(num_records):
-        for target, array in zip(targets, arrays, strict=True):
-            np.copyto(target, array)
-    return (time.thread_time() - start) / num_records
+def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> dict[str, float]:
+    """Record, and seal in another process; return CPU seconds by part.
 
-
-def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> tuple[float, float, float]:
-    """Return CPU seconds: training thread, all threads, sealing process."""
+    The training thread's part is taken beside a plain copy of as many other arrays, each finding
+    the caches as the writer's thread left them.
+    """
     folder.mkdir()
     write_run_file(folder, {})
     records = [LogArray("gram", array, ("element",), f"layer{i}") for i, array in enumerate(arrays)]
+    others = [array.copy() for array in arrays]
+    targets = [np.empty_like(array) for array in arrays]
+    memcpy = thread = 0.0
     start, children = cpu_seconds(), cpu_seconds(resource.RUSAGE_CHILDREN)
     writer = LogWriter(folder, block=True)
-    thread = 0.0
     for step in range(num_records):
         before = time.thread_time()
+        for target, other in zip(targets, others, strict=True):
+            np.copyto(target, other)
+        between = time.thread_time()
         writer.append("activations", "probe", step, records)
-        thread += time.thread_time() - before
+        memcpy += between - before
+        thread += time.thread_time() - between
         writer.flush()
     writer.close()
-    return (
-        thread,
-        cpu_seconds() - start,
-        cpu_seconds(resource.RUSAGE_CHILDREN) - children,
-    )
+    return {
+        "memcpy": memcpy,
+        "thread": thread,
+        "append": cpu_seconds() - start - memcpy,
+        "seal": cpu_seconds(resource.RUSAGE_CHILDREN) - children,
+    }
 
 
-def measure_h5py(arrays: Arrays, num_records: int, folder: Path) -> float:
+def measure_h5py(arrays: Arrays, num_records: int, folder: Path) -> dict[str, float]:
     """Append each array to a resizable dataset of its own, and flush after each record."""
     folder.mkdir()
     start = cpu_seconds()
@@ -91,17 +89,22 @@ def measure_h5py(arrays: Arrays, num_records: int, folder: Path) -> float:
                 dataset.resize(step + 1, axis=0)
                 dataset[step] = array
             file.flush()
-    return (cpu_seconds() - start) / num_records
+    return {"h5py": cpu_seconds() - start}
 
 
-def repeated(measure: Callable[[Path], Any], root: Path, repeats: int) -> list[Any]:
-    """Measure several times, each in a new folder."""
-    results = []
-    for repeat in range(repeats):
-        folder = root / f"{repeat}"
-        results.append(measure(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-    return results
+def measure(arrays: Arrays, num_records: int, repeats: int) -> dict[str, float]:
+    """Measure both in turn; return medians of CPU seconds, the first round left out.
+
+    Memory that the system hands out for the first time costs more than all the rest.
+    """
+    rounds = []
+    for _ in range(repeats + 1):
+        seconds = {}
+        for one in (measure_sonde, measure_h5py):
+            with tempfile.TemporaryDirectory() as root:
+                seconds |= one(arrays, num_records, Path(root) / "run")
+        rounds.append(seconds)
+    return {part: statistics.median(r[part] for r in rounds[1:]) for part in rounds[0]}
 
 
 def main() -> None:
@@ -115,27 +118,22 @@ def main() -> None:
         table.add_column(column, justify="right")
     table.add_column("h5py / append", justify="right")
     table.add_column("h5py / (append + seal)", justify="right")
-    with tempfile.TemporaryDirectory() as root:
-        empty = repeated(partial(measure_sonde, [], 0), Path(root), arguments.repeats)
-    start = statistics.median(sealing for _, _, sealing in empty)
+    starting = measure([], 0, arguments.repeats)["seal"]
     for name, (num_arrays, size) in CASES.items():
         arrays = list(np.random.default_rng(0).normal(size=(num_arrays, size)).astype(np.float32))
-        with tempfile.TemporaryDirectory() as root:
-            repeat = partial(repeated, root=Path(root), repeats=arguments.repeats)
-            copies = repeat(partial(measure_memcpy, arrays, arguments.records))
-            ours = repeat(partial(measure_sonde, arrays, arguments.records))
-            theirs = repeat(partial(measure_h5py, arrays, arguments.records))
-        copy, h5 = statistics.median(copies), statistics.median(theirs)
-        thread, append, whole_seal = (
-            statistics.median(column) / arguments.records for column in zip(*ours, strict=True)
-        )
-        seal = whole_seal - start / arguments.records
-        milliseconds = [f"{1e3 * value:.2f}" for value in (copy, thread, append, seal, h5)]
-        ratios = [thread / copy, h5 / append, h5 / (append + seal)]
+        cost = measure(arrays, arguments.records, arguments.repeats)
+        cost["seal"] -= starting
+        parts = ("memcpy", "thread", "append", "seal", "h5py")
+        milliseconds = [f"{1e3 * cost[part] / arguments.records:.2f}" for part in parts]
+        ratios = [
+            cost["thread"] / cost["memcpy"],
+            cost["h5py"] / cost["append"],
+            cost["h5py"] / (cost["append"] + cost["seal"]),
+        ]
         table.add_row(name, *milliseconds, *(f"{ratio:.1f}×" for ratio in ratios))
     console = Console(width=120)
     console.print(table)
-    console.print(f"starting the sealing process, once per training: {start:.2f} s")
+    console.print(f"starting the sealing process, once per training: {starting:.2f} s of CPU")
 
 
 if __name__ == "__main__":
