@@ -25,6 +25,7 @@ test-full: $(VENV)/.test-installed
 
 bench: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_read.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

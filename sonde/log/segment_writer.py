@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ from .positioned import read_at, write_at
 from .segment import Stream, checksum_between, encode_streams, encode_trailer
 
 _ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
-_BATCH_BYTES = 8 << 20
+_BATCH_BYTES = 64 << 20
 
 
 def write_segment(
@@ -239,10 +241,10 @@ class _Group:
         for frames in _batches(self._records):
             layout = frames[0].layout
             present = self._present[id(layout)].tolist()
-            stretch = _stretch(self._journal, frames)
+            stretch = _Stretch(self._journal, frames)
             for position, entry in zip(present, layout.entries, strict=True):
                 starts = [frame.payload_offset + entry.offset for frame in frames]
-                for pieces in _pieces(self._journal, starts, entry.num_bytes, stretch):
+                for pieces in stretch.pieces(starts, entry.num_bytes):
                     ends[position] = write_at(out, pieces, ends[position])
             for position in set(range(len(ends))).difference(present):
                 fills = [memoryview(self._columns[position].fill)] * len(frames)
@@ -355,31 +357,42 @@ def _batches(records: Sequence[Frame]) -> Iterator[list[Frame]]:
         yield batch
 
 
-def _stretch(journal: BinaryIO, frames: Sequence[Frame]) -> tuple[int, memoryview] | None:
-    """Read the journal from the first to the last of these frames; None if that is too much."""
-    start = frames[0].payload_offset
-    num_bytes = frames[-1].payload_offset + frames[-1].layout.num_bytes - start
-    if num_bytes > _BATCH_BYTES:
-        return None
-    return start, memoryview(_read_whole(journal, start, num_bytes))
+class _Stretch:
+    """The bytes of some neighbouring frames of a journal, mapped where they are not too many."""
+
+    def __init__(self, journal: BinaryIO, frames: Sequence[Frame]) -> None:
+        self._journal = journal
+        self._start = frames[0].payload_offset
+        num_bytes = frames[-1].payload_offset + frames[-1].layout.num_bytes - self._start
+        is_small = num_bytes <= _BATCH_BYTES
+        self._data = _map(journal, self._start, num_bytes) if is_small else None
+
+    def pieces(self, starts: Sequence[int], size: int) -> Iterator[list[memoryview]]:
+        """Yield the bytes of one stream of the frames, as many as may be mapped at a time."""
+        if self._data is not None:
+            begins = [start - self._start for start in starts]
+            yield [self._data[begin : begin + size] for begin in begins]
+            return
+        for start in starts:
+            for begin in range(start, start + size, _BATCH_BYTES):
+                yield [_map(self._journal, begin, min(_BATCH_BYTES, start + size - begin))]
 
 
-def _pieces(
-    journal: BinaryIO, starts: Sequence[int], size: int, stretch: tuple[int, memoryview] | None
-) -> Iterator[list[memoryview]]:
-    """Yield the bytes of one stream of some records, as much as may be held at a time."""
-    if stretch is not None:
-        first, data = stretch
-        yield [data[start - first : start - first + size] for start in starts]
-        return
-    for start in starts:
-        for begin in range(start, start + size, _BATCH_BYTES):
-            num_bytes = min(_BATCH_BYTES, start + size - begin)
-            yield [memoryview(_read_whole(journal, begin, num_bytes))]
+def _map(journal: BinaryIO, start: int, num_bytes: int) -> memoryview:
+    """Map a part of a journal, which spares copying it; it is let go with the last view of it.
 
-
-def _read_whole(journal: BinaryIO, start: int, num_bytes: int) -> bytes:
-    data = read_at(journal.fileno(), num_bytes, start)
-    if len(data) < num_bytes:
+    Raises:
+        OSError: If the journal became shorter.
+    """
+    before = start % mmap.ALLOCATIONGRANULARITY
+    if os.fstat(journal.fileno()).st_size < start + num_bytes:
         raise OSError(f"{journal.name} became shorter while it was read")
-    return data
+    if not num_bytes:
+        return memoryview(b"")
+    where = {"length": before + num_bytes, "offset": start - before}
+    if sys.platform == "linux":
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # One call instead of a fault per page.
+        whole = mmap.mmap(journal.fileno(), flags=flags, prot=mmap.PROT_READ, **where)
+    else:
+        whole = mmap.mmap(journal.fileno(), access=mmap.ACCESS_READ, **where)
+    return memoryview(whole)[before:]
