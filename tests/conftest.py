@@ -13,6 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="run the fault tests at the size of a release"
     )
+    parser.addoption(
+        "--write-golden", action="store_true", help="write the files that pin the log format"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
