@@ -53,7 +53,7 @@ def write_run(path: Path) -> None:
     path.mkdir()
     write_run_file(path, {"name": "golden", "config": {"seed": 0}})
     about = {"world_size": 1, "resume_step": 0}
-    writer = LogWriter(path, about=about, seal=False, segment_bytes=3000)
+    writer = LogWriter(path, about=about, seal=False, segment_bytes=2000)
     table = [
         LogArray("id", np.array([10, 20]), ("example",)),
         LogArray("target", np.array([1, 0], np.int8), ("example",)),
