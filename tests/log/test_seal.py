@@ -273,6 +273,24 @@ def test_segment_opens_as_an_xarray_tree(segment: Path) -> None:
         assert tree["tables/probe"]["target"].dims == ("example",)
 
 
+@pytest.mark.skipif(shutil.which("h5dump") is None, reason="needs h5dump (Debian: hdf5-tools)")
+def test_segment_opens_in_h5dump_with_names(segment: Path) -> None:
+    def dump(*options: str) -> str:
+        command = ["h5dump", *options, str(segment)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    names = {line.split()[-1] for line in dump("--contents").splitlines() if " dataset " in line}
+    assert {"/activations/probe/conv1:gram", "/activations/probe/step", "/tables/probe/id"} <= names
+    described = dump("--header", "--dataset=/activations/probe/layer1.0%2Ffc:full")
+    assert 'ATTRIBUTE "layer"' in described
+    assert "16-bit little-endian floating-point" in described
+    assert "( 4, 6, 3 ) / ( 4, 6, 3 )" in described
+    values = dump("--noindex", "--dataset=/activations/probe/loss")
+    assert "0, 5, 10, 15" in values
+    everything = dump()
+    assert everything.count("1.5, 1.5, 1.5") == 4 * NUM_EXAMPLES
+
+
 @pytest.mark.parametrize("is_sonde_first", [True, False])
 def test_sonde_and_xarray_read_a_segment_at_the_same_time(
     run_path: Path, segment: Path, is_sonde_first: bool
