@@ -22,6 +22,7 @@ class Forcing:
         self._folder = folder
         self._unforced: dict[Path, None] = {}
         self._known: set[Path] = set()
+        self._has_forced_name = False
         self._num_appended = 0
         self._num_forced = 0
         self._is_closing = False
@@ -63,6 +64,9 @@ class Forcing:
                     sync_file(path)  # It may be sealed, which forced it, and gone.
                 if not self._known.issuperset(paths):
                     sync_folder(self._folder)
+                if not self._has_forced_name:
+                    sync_folder(self._folder.parent)
+                    self._has_forced_name = True
             except OSError as error:
                 self.problem = f"{self._folder} could not be forced to the disk: {error}"
                 with self._condition:

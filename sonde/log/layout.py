@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,25 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def sync_folders_above(folder: Path) -> None:
+    """Force the name of a folder to the disk, and those of the folders it is in, as far as one can.
+
+    A new folder is lost with any folder above it that was made just before. What lies above the
+    root of its file system is older than it, and not looked at.
+    """
+    folder = folder.resolve()
+    device = folder.stat().st_dev
+    for above in folder.parents:
+        if above.stat().st_dev != device:
+            return
+        with suppress(OSError):  # Not every file system can; what belongs to others is older.
+            sync_folder(above)
+
+
 def write_run_file(run: Path, description: dict[str, Any]) -> None:
     """Write the description of a run, whole or not at all; the format version comes first.
+
+    Once it is there, so is the run directory, also after a power loss.
 
     Raises:
         OSError: If it cannot be written.
@@ -139,6 +157,7 @@ def write_run_file(run: Path, description: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     temporary.replace(run / RUN_FILE)
     sync_folder(run)
+    sync_folders_above(run)
 
 
 def read_run_file(run: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from sonde.exceptions import FormatError, SondeError
+from sonde.exceptions import DamageError, FormatError, SondeError
 
 from .frames import Damage, Frame, scan_journal
 from .layout import (
@@ -22,11 +22,13 @@ from .layout import (
     lock_path,
     read_run_file,
     segment_path,
+    segments,
     sync_folder,
     unlock,
     writer_folders,
 )
 from .sealing import END
+from .segment import Segment, identify
 from .segment_writer import write_segment
 
 
@@ -40,7 +42,7 @@ def seal_run(run: Path, folder: str | None = None, before: int | None = None) ->
             of a writer that no longer lives.
 
     Returns:
-        The segments that were written.
+        The segments that took the place of journals.
 
     Raises:
         RunNotFoundError: If the path is no run directory.
@@ -78,7 +80,8 @@ def seal_journal(journal: Path, *, verify: bool = True) -> Path | None:
             that they were written; then their checksums go with them, to be checked when read.
 
     Returns:
-        The segment, or None if the journal holds no frame or is gone.
+        The segment, which may have been there before, or None if the journal holds no frame or is
+        gone.
 
     Raises:
         FormatError: If it cannot be represented in a segment.
@@ -89,6 +92,7 @@ def seal_journal(journal: Path, *, verify: bool = True) -> Path | None:
         with journal.open("rb") as file:
             segment = _seal_file(journal, file, verify=verify)
         if segment is not None:
+            sync_folder(journal.parent.parent)  # Where the writer never forced its folder's name.
             sync_folder(journal.parent)
             journal.unlink(missing_ok=True)
         return segment
@@ -103,10 +107,14 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     name = f"{journal.parent.name}/{journal.name}"
     scanned = list(scan_journal(file.fileno(), name, verify=verify))
     frames = [item for item in scanned if isinstance(item, Frame)]
-    if not frames:
-        return None
+    first = int(journal.stem)
+    for left in journal.parent.glob(f"{first:012d}-*.tmp"):
+        left.unlink(missing_ok=True)  # Of a sealer that was killed, perhaps of the same number.
+    end = frames[-1].sequence + 1 if frames else first
+    sealed = _sealed_before(journal.parent, first, end)
+    if sealed is not None or not frames:
+        return sealed
     damage = [vars(item) for item in scanned if isinstance(item, Damage)]
-    first, end = int(journal.stem), frames[-1].sequence + 1
     segment = segment_path(journal.parent, first, end)
     temporary = segment.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -115,9 +123,22 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    for left in journal.parent.glob(f"{first:012d}-*.tmp"):
-        left.unlink(missing_ok=True)  # Of a sealer that was killed.
     return segment
+
+
+def _sealed_before(folder: Path, first: int, end: int) -> Path | None:
+    """Return the whole segment of a journal whose sealer did not come to delete it, if any.
+
+    After a power loss it may hold more than the journal, which nobody had to force to the disk.
+    """
+    for start, stop, path in segments(folder):
+        if start == first and stop >= end:
+            try:
+                if next(Segment(identify(path)).verify(), None) is None:
+                    return path
+            except DamageError:
+                continue
+    return None
 
 
 def main() -> None:

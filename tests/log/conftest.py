@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ Open = Callable[[Path], Run]
 def run_path(tmp_path: Path) -> Path:
     """Return an empty run directory."""
     return new_run(tmp_path / "seed0")
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """Return an empty folder, in memory where the system has one, for thousands of files."""
+    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(params=["journal", "segment"])
