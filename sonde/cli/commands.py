@@ -15,10 +15,11 @@ from typing import Annotated
 
 import typer
 
-from sonde.exceptions import RunNotFoundError
+from sonde.exceptions import InvalidInputError, RunNotFoundError
 
 from .analyses import boundary, cka, stiffness
 from .console import Group, help_of, working
+from .export import export
 from .options import Json, RunPath, RunPaths, open_all, use_no_window
 from .show import print_overviews, print_run
 
@@ -63,14 +64,16 @@ def sonde(
 def ls(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PATH", help="Folders to search; default: this one."),
+        typer.Argument(
+            metavar="PATH", help="Folders to search, or exported runs; default: this folder."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the runs at or below folders.
 
-    One row per run: its state, the steps and measures it recorded, its size on disk, and how long
-    ago it was written.
+    One row per run directory, and per exported run that is named: its state, the steps and measures
+    it recorded, its size on disk, and how long ago it was written.
 
     Examples:
         sonde ls
@@ -83,7 +86,8 @@ def ls(
 
     roots = paths or [Path()]
     _check_existence(roots)
-    found = list(dict.fromkeys(run for root in roots for run in find_runs(root)))
+    runs = ([root] if root.is_file() else find_runs(root) for root in roots)
+    found = list(dict.fromkeys(run for at_root in runs for run in at_root))
     with working("reading", total=len(found)) as start:
         overviews = []
         for path in found:
@@ -143,15 +147,17 @@ def tensorboard(
         sonde tensorboard runs/seed0
         sonde tensorboard runs/seed0 runs/seed1 --logdir boards
     """
-    from sonde.integrations.tensorboard import export
+    from sonde.integrations.tensorboard import export as write_events
 
     use_no_window()
+    if logdir is None:
+        _refuse_files(runs)
     opened = open_all(runs)
     folders = {}
     for name, run in opened.items():
         folder = None if logdir is None else logdir / name
         with working(name) as start:
-            folders[name] = export(run, folder, max_images=10 if images else 0, on_part=start)
+            folders[name] = write_events(run, folder, max_images=10 if images else 0, on_part=start)
         typer.echo(f"wrote {folders[name]}")
     typer.echo(_tensorboard_line(folders, logdir))
 
@@ -180,7 +186,7 @@ def verify(runs: RunPaths) -> None:
     """Check every byte of runs against its checksum.
 
     Each damaged file is named with the records in it that cannot be read; they are never returned
-    as data. Without damage the exit status is 0, otherwise 1.
+    as data. Without damage the exit status is 0, otherwise 1. Exported runs are checked likewise.
 
     Examples:
         sonde verify runs/seed0
@@ -207,6 +213,12 @@ def _check_existence(paths: list[Path]) -> None:
             raise RunNotFoundError(f"{path} does not exist; expected a folder of runs")
 
 
+def _refuse_files(runs: list[Path]) -> None:
+    for path in runs:
+        if path.is_file():
+            raise InvalidInputError(f"{path} is a file; name a folder by --logdir")
+
+
 def _tensorboard_line(folders: dict[str, Path], logdir: Path | None) -> str:
     """Write the command that shows exported runs, with their names."""
     parents = {folder.parent.parent for folder in folders.values()}
@@ -218,5 +230,5 @@ def _tensorboard_line(folders: dict[str, Path], logdir: Path | None) -> str:
     return shlex.join(["tensorboard", "--logdir", str(shown)])
 
 
-for _function in (ls, show, cka, stiffness, boundary, tensorboard, seal, verify):
+for _function in (ls, show, cka, stiffness, boundary, tensorboard, export, seal, verify):
     app.command(help=help_of(_function))(_function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sonde.exceptions import FormatError
+from sonde.exceptions import DamageError, FormatError
 
 from .console import iso_time
 
@@ -23,13 +23,13 @@ def overview(path: Path) -> Facts:
         `num_bytes` (of the log, on disk), `last_written` (ISO time) and `problem`.
 
     Raises:
-        OSError: If the directory cannot be read.
+        OSError: If it cannot be read.
     """
     from sonde.log import open_run
 
     try:
         run = open_run(path)
-    except FormatError as error:
+    except (FormatError, DamageError) as error:
         return {"path": str(path), "name": path.name, "state": "unreadable", "problem": str(error)}
     return _overview(run)
 
@@ -92,8 +92,11 @@ def _files(path: Path) -> tuple[int, float]:
     from sonde.log.layout import RUN_FILE, writer_folders
 
     num_bytes, last_written = 0, 0.0
-    folders = [folder for _, _, folder in writer_folders(path)]
-    for file in [path / RUN_FILE, *(file for folder in folders for file in folder.iterdir())]:
+    files = [path]  # An exported run.
+    if path.is_dir():
+        folders = [folder for _, _, folder in writer_folders(path)]
+        files = [path / RUN_FILE, *(file for folder in folders for file in folder.iterdir())]
+    for file in files:
         try:
             status = file.stat()
         except FileNotFoundError:  # A journal that was sealed meanwhile.

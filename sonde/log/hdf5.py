@@ -146,6 +146,22 @@ def contiguous() -> h5py.h5p.PropDCID:
     return creation
 
 
+def chunked(chunk: tuple[int, ...], dtype: str) -> h5py.h5p.PropDCID:
+    """Return how a dataset is stored in chunks, of which those that are not written take no place.
+
+    Args:
+        chunk: The shape of a chunk.
+        dtype: The element type; where nothing is written, floats read as NaN, others as 0.
+    """
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_chunk(chunk)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_ALLOC)
+    creation.set_obj_track_times(False)
+    if "float" in dtype:
+        creation.set_fill_value(np.array(np.nan, "f4" if dtype == "bfloat16" else dtype))
+    return creation
+
+
 def set_text(dataset: h5py.h5d.DatasetID, name: str, text: str) -> None:
     """Write an attribute of text, in UTF-8."""
     encoded = text.encode() or b"\0"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
 from .examples import Examples
+from .exported import ExportedRun
 from .frames import Damage
 from .layout import read_run_file
 from .measure_log import MeasureLog, count_text
@@ -27,13 +28,14 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     """Open a run directory for reading, also while the training still writes it.
 
     Args:
-        path: The run directory.
+        path: The run directory, or a file that a run was exported to.
 
     Returns:
         The run, as it is now; `Run.refresh` takes in what came later, `Run.follow` waits for it.
 
     Raises:
-        RunNotFoundError: If the path is no run directory.
+        RunNotFoundError: If the path is no run.
+        DamageError: If it is an exported run whose metadata is damaged.
         FormatError: If the run was written by a newer sonde.
     """
     return Run(path)
@@ -46,21 +48,27 @@ class Run:
     sources, `run["activations", "validation"]` names one.
 
     Args:
-        path: The run directory.
+        path: The run directory, or a file that a run was exported to.
 
     Attributes:
-        path: The run directory.
+        path: The run directory or file.
         info: The run's own description: environment, configuration, layers, probes, versions.
 
     Raises:
-        RunNotFoundError: If the path is no run directory.
+        RunNotFoundError: If the path is no run.
+        DamageError: If it is an exported run whose metadata is damaged.
         FormatError: If the run was written by a newer sonde.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.info = read_run_file(self.path)
-        self._index = Index(self.path)
+        self._index: Index | ExportedRun
+        if self.path.is_file():
+            self._index = ExportedRun(self.path)
+            self.info = self._index.info
+        else:
+            self.info = read_run_file(self.path)
+            self._index = Index(self.path)
         self._only_rank: int | None = None
         self.refresh()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sonde.exceptions import DamageError
 
+from .exported import verify_export
 from .frames import Damage
 from .layout import read_run_file, segments, writer_folders
 from .reader import read_index
@@ -16,17 +17,19 @@ def verify_run(run: Path) -> list[Damage]:
     """Check every checksum of a run.
 
     Args:
-        run: The run directory.
+        run: The run directory, or a file that a run was exported to.
 
     Returns:
         What is damaged: bytes of journals; and each damaged segment, with the records in it that
         cannot be read. Empty if all is intact.
 
     Raises:
-        RunNotFoundError: If the path is no run directory.
+        RunNotFoundError: If the path is no run.
         FormatError: If a file is of a newer format.
         OSError: If a file cannot be read.
     """
+    if run.is_file():
+        return verify_export(run)
     read_run_file(run)
     found = [damage for writer in read_index(run) for damage in writer.damage]
     for _, _, folder in writer_folders(run):
