@@ -38,7 +38,7 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
 
 
 def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> dict[str, float]:
-    """Record, and seal in another process; return CPU seconds by part.
+    """Record, and seal in another process; return CPU seconds by part, and the longest stall.
 
     The training thread's part is taken beside a plain copy of as many other arrays, each finding
     the caches as the writer's thread left them.
@@ -48,15 +48,16 @@ def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> dict[str, f
     records = [LogArray("gram", array, ("element",), f"layer{i}") for i, array in enumerate(arrays)]
     others = [array.copy() for array in arrays]
     targets = [np.empty_like(array) for array in arrays]
-    memcpy = thread = 0.0
+    memcpy = thread = longest = 0.0
     start, children = cpu_seconds(), cpu_seconds(resource.RUSAGE_CHILDREN)
     writer = LogWriter(folder, block=True)
     for step in range(num_records):
         before = time.thread_time()
         for target, other in zip(targets, others, strict=True):
             np.copyto(target, other)
-        between = time.thread_time()
+        between, began = time.thread_time(), time.perf_counter()
         writer.append("activations", "probe", step, records)
+        longest = max(longest, time.perf_counter() - began)
         memcpy += between - before
         thread += time.thread_time() - between
         writer.flush()
@@ -64,6 +65,7 @@ def measure_sonde(arrays: Arrays, num_records: int, folder: Path) -> dict[str, f
     return {
         "memcpy": memcpy,
         "thread": thread,
+        "longest": longest,
         "append": cpu_seconds() - start - memcpy,
         "seal": cpu_seconds(resource.RUSAGE_CHILDREN) - children,
     }
@@ -92,15 +94,22 @@ def measure_h5py(arrays: Arrays, num_records: int, folder: Path) -> dict[str, fl
     return {"h5py": cpu_seconds() - start}
 
 
-def measure(arrays: Arrays, num_records: int, repeats: int) -> dict[str, float]:
-    """Measure both in turn; return medians of CPU seconds, the first round left out.
+def warm_memory() -> None:
+    """Touch as much memory as a measurement takes for its files.
 
-    Memory that the system hands out for the first time costs more than all the rest.
+    A virtual machine is given pages when they are used first, and may give back those that are
+    free; that costs more than what is measured, and would fall on whoever comes first.
     """
+    np.ones(4 << 30, np.uint8)
+
+
+def measure(arrays: Arrays, num_records: int, repeats: int) -> dict[str, float]:
+    """Measure both in turn; return medians of CPU seconds, the first round left out."""
     rounds = []
     for _ in range(repeats + 1):
         seconds = {}
         for one in (measure_sonde, measure_h5py):
+            warm_memory()
             with tempfile.TemporaryDirectory() as root:
                 seconds |= one(arrays, num_records, Path(root) / "run")
         rounds.append(seconds)
@@ -113,8 +122,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--records", type=int, default=100)
     arguments = parser.parse_args()
-    table = Table(title="CPU per record, ms (medians)")
-    for column in ("arrays", "memcpy", "thread", "append", "seal", "h5py", "thread / memcpy"):
+    table = Table(title="CPU per record, ms (medians); longest stall of the training thread, ms")
+    for column in (
+        "arrays",
+        "memcpy",
+        "thread",
+        "append",
+        "seal",
+        "h5py",
+        "longest",
+        "thread / memcpy",
+    ):
         table.add_column(column, justify="right")
     table.add_column("h5py / append", justify="right")
     table.add_column("h5py / (append + seal)", justify="right")
@@ -125,6 +143,7 @@ def main() -> None:
         cost["seal"] -= starting
         parts = ("memcpy", "thread", "append", "seal", "h5py")
         milliseconds = [f"{1e3 * cost[part] / arguments.records:.2f}" for part in parts]
+        milliseconds.append(f"{1e3 * cost['longest']:.1f}")
         ratios = [
             cost["thread"] / cost["memcpy"],
             cost["h5py"] / cost["append"],
