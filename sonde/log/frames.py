@@ -327,8 +327,19 @@ def encode_file_header(token: int, first_sequence: int) -> bytes:
 
 
 def scan_journal(fd: int, name: str, *, verify: bool = True) -> Iterator[Frame | Damage]:
-    """Yield every valid frame of a journal, and what lies between them as damage; see `Scan`."""
-    return Scan(name, verify=verify).advance(fd)
+    """Yield every valid frame of a journal, and what lies between them as damage; see `Scan`.
+
+    Args:
+        fd: The open journal.
+        name: How damage reports name it.
+        verify: Check all arrays. Without it, those of records are checked only if the journal is
+            damaged elsewhere.
+    """
+    if not verify:
+        items = list(Scan(name, verify=False).advance(fd))
+        if not any(isinstance(item, Damage) for item in items):
+            return iter(items)
+    return Scan(name).advance(fd)
 
 
 class Scan:
@@ -338,16 +349,22 @@ class Scan:
 
     Args:
         name: How damage reports name the journal.
-        verify: Check the arrays too, not only what stands before them.
+        verify: Check the arrays of records too. Those of tables are checked in any case, as a
+            segment does not take over their checksums.
+
+    Attributes:
+        token: The token of the writer, once it is known.
+        first_sequence: The number of the first frame, as the file header states it.
     """
 
     def __init__(self, name: str, *, verify: bool = True) -> None:
         self._name = name
         self._verify = verify
-        self._token: int | None = None
+        self.token: int | None = None
+        self.first_sequence: int | None = None
         self._offset = 0
         self._expected: int | None = None  # The next sequence, unless damage stands before it.
-        self._last_sequence = -1
+        self._last: Frame | None = None  # The last valid one.
 
     def advance(self, fd: int) -> Iterator[Frame | Damage]:
         """Yield what was not yielded before.
@@ -366,7 +383,8 @@ class Scan:
         """
         size = os.fstat(fd).st_size
         if self._offset == 0:
-            self._token, self._expected, damage = _read_file_header(fd, self._name, size)
+            self.token, self.first_sequence, damage = _read_file_header(fd, self._name, size)
+            self._expected = self.first_sequence
             if damage is not None:
                 yield damage
                 if damage.is_tail:
@@ -379,7 +397,7 @@ class Scan:
                     missing = f"frames {self._expected} to {item.sequence - 1} are missing"
                     reason = f"{missing} before {describe(item)}"
                     yield Damage(self._name, self._start, 0, reason)
-                self._last_sequence, self._expected = item.sequence, item.sequence + 1
+                self._last, self._expected = item, item.sequence + 1
             yield item
             if isinstance(item, Damage):
                 if item.is_tail:
@@ -387,32 +405,41 @@ class Scan:
                 self._expected = None
 
     def _next(self, fd: int, size: int) -> Frame | Damage:
-        """Read the frame or damage at the offset, and go on behind it."""
+        """Read the frame or damage at the offset, and go on behind it unless it is the tail."""
         self._start = self._offset
         parsed = _read_frame(fd, self._start, size)
         if isinstance(parsed, str):
             following = _find_frame(fd, self._start + 1, size)
             if following is None:
-                return Damage(self._name, self._start, size - self._start, parsed, is_tail=True)
-            self._offset = following
-            return Damage(self._name, self._start, following - self._start, parsed)
-        frame, token, self._offset = parsed
-        if self._token is None:
-            self._token = token
-        problem = None
-        if self._verify and not _payload_is_valid(fd, frame):
+                after = f", after {describe(self._last)}" if self._last is not None else ""
+                return self._damage(parsed + after, size, is_tail=True)
+            self._offset, frame = following
+            return self._damage(f"{parsed}, before {describe(frame)}", self._offset)
+        frame, token, end = parsed
+        if self.token is None:
+            self.token = token
+        is_checked = self._verify or frame.kind == "table"
+        if is_checked and not _payload_is_valid(fd, frame):
+            # Of a record on its way the header may be there first.
+            is_tail = end == size
+            self._offset = self._start if is_tail else end
             problem = f"the payload of {describe(frame)} does not match its checksum"
-        elif token != self._token:
-            problem = f"{describe(frame)} belongs to another journal"
-        elif frame.sequence <= self._last_sequence:
-            problem = f"{describe(frame)} is out of order"
-        if problem is None:
-            return frame
-        return Damage(self._name, self._start, self._offset - self._start, problem)
+            return self._damage(problem, end, is_tail=is_tail)
+        self._offset = end
+        if token != self.token:
+            return self._damage(f"{describe(frame)} belongs to another journal", end)
+        if self._last is not None and frame.sequence <= self._last.sequence:
+            return self._damage(f"{describe(frame)} is out of order", end)
+        return frame
+
+    def _damage(self, reason: str, end: int, *, is_tail: bool = False) -> Damage:
+        return Damage(self._name, self._start, end - self._start, reason, is_tail)
 
 
 def describe(frame: Frame) -> str:
-    """Name a frame for people: `record 17 (activations, step 100)`."""
+    """Name a frame for people: `record 17 (activations, step 100)`, `table 1 (probe)`."""
+    if frame.kind == "table":
+        return f"table {frame.sequence} ({frame.body['name']})"
     measure = frame.body.get("measure")
     about = f"{measure}, step {frame.step}" if measure else f"step {frame.step}"
     return f"{frame.kind} {frame.sequence} ({about})"
@@ -464,9 +491,12 @@ def _read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int] | str
         return f"record {sequence} ends inside its payload"
     head, _, arrays = rest[:index_bytes].partition(b"\n")
     body = json.loads(head)
+    kind = body.pop("kind")
+    if kind == "attempt":
+        body["token"] = f"{token:016x}"  # In a segment too, this tells whose frames they are.
     layout = _parse_layout(arrays.rstrip())
     checksums = np.frombuffer(rest, "<u4", num_arrays, index_bytes)
-    frame = Frame(body.pop("kind"), step, sequence, body, layout, checksums, payload_offset)
+    frame = Frame(kind, step, sequence, body, layout, checksums, payload_offset)
     return frame, token, payload_offset + payload_bytes
 
 
@@ -502,14 +532,15 @@ def _slot_checksums(fd: int, payload_offset: int, layout: Layout) -> Iterator[in
         yield checksum
 
 
-def _find_frame(fd: int, offset: int, size: int) -> int | None:
-    """Return where the next frame with a valid header and a whole payload starts, if any."""
+def _find_frame(fd: int, offset: int, size: int) -> tuple[int, Frame] | None:
+    """Return where the next frame with a valid header and a whole payload starts, and the frame."""
     while offset < size:
         chunk = read_at(fd, _CHUNK_BYTES, offset)
         position = chunk.find(_FRAME_MAGIC)
         while position >= 0:
-            if not isinstance(_read_frame(fd, offset + position, size), str):
-                return offset + position
+            parsed = _read_frame(fd, offset + position, size)
+            if not isinstance(parsed, str):
+                return offset + position, parsed[0]
             position = chunk.find(_FRAME_MAGIC, position + 1)
         if offset + len(chunk) >= size:
             return None

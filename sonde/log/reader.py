@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,35 @@ def read_index(run: Path) -> list[WriterLog]:
 
 @dataclass(frozen=True)
 class _OpenSegment:
+    file: SegmentFile
     segment: Segment
     parts: tuple[SegmentPart, ...]
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
+
+    @property
+    def token(self) -> str | None:
+        """The token of its writer, if that is known."""
+        return self.attempt.get("token")
+
+    @cached_property
+    def attempt(self) -> dict[str, Any]:
+        """What its writer says of itself, if that is known."""
+        return next((item for item in self.segment.frames if item["kind"] == "attempt"), {})
+
+    @cached_property
+    def numbers(self) -> tuple[int, int] | None:
+        """The numbers of the first and the last frame in it, tables aside."""
+        numbers = [item["sequence"] for item in self.segment.frames]
+        for part in self.parts:
+            numbers += (part.records[0].sequence, part.records[-1].sequence)
+        return (min(numbers), max(numbers)) if numbers else None
 
 
 @dataclass(frozen=True)
@@ -99,6 +127,30 @@ class _OpenJournal:
     file: JournalFile
     scan: Scan
     items: list[Frame | Damage]
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.path.parent.name}/{self.file.path.name}"
+
+    @property
+    def num_bytes(self) -> int:
+        return max(
+            (f.payload_offset + f.layout.num_bytes for f in self.frames), default=FILE_HEADER_BYTES
+        )
+
+    @property
+    def token(self) -> str | None:
+        """The token of its writer, if that is known."""
+        return None if self.scan.token is None else f"{self.scan.token:016x}"
+
+    @property
+    def attempt(self) -> dict[str, Any]:
+        """What its writer says of itself, if that is known."""
+        return next((frame.body for frame in self.frames if frame.kind == "attempt"), {})
+
+    @property
+    def frames(self) -> Iterator[Frame]:
+        return (item for item in self.items if isinstance(item, Frame))
 
 
 class Index:
@@ -130,33 +182,42 @@ class Index:
         return logs
 
     def _read_writer(self, attempt: int, rank: int, folder: Path, known: Index) -> WriterLog:
+        missing_before: set[Damage] = set()
         while True:
             is_live = is_being_written(folder)
             # Journals are listed first: what is sealed meanwhile stands in both lists, not in none.
             open_ends = journals(folder)
             sealed = segments(folder)
-            log = _LogBuilder(WriterLog(attempt, rank, is_live))
             try:
-                for first, end, path in sealed:
-                    log.add_segment(path, first, end, self._open_segment(path, known))
-                for first, path in open_ends:
-                    is_last = first == open_ends[-1][0]
-                    journal = self._open_journal(path, known)
-                    log.add_journal(journal, first, is_live=is_live and is_last)
+                found = [(*entry[:2], self._open_segment(entry[2], known)) for entry in sealed]
+                journaled = [(first, self._open_journal(path, known)) for first, path in open_ends]
             except FileNotFoundError:
                 # A journal was sealed before it was opened. Unless nothing changed, list again.
                 if (open_ends, sealed) == (journals(folder), segments(folder)):
                     raise
                 continue
-            return log.finish()
+            log = _LogBuilder(WriterLog(attempt, rank, is_live))
+            log.find_token([*(opened[-1] for opened in found), *(j for _, j in journaled)])
+            for first, end, segment in found:
+                log.add_segment(segment, first, end)
+            for first, journal in journaled:
+                log.add_journal(journal, first, is_live=is_live and first == open_ends[-1][0])
+            missing = log.missing()
+            # Of files that come while a folder is listed, the list may have a later one and not an
+            # earlier one. So what is missing from a growing log must be missing twice.
+            if not is_live or missing <= missing_before:
+                return log.finish()
+            missing_before = missing
 
     def _open_segment(self, path: Path, known: Index) -> _OpenSegment | Damage:
         file = identify(path)
-        found = self._segments.get(file)
+        # What was opened for a list that was no good is kept, or sealing might stay ahead for ever.
+        found = self._segments.get(file) or known._segments.get(file)
         if found is None:
             try:
                 segment = Segment(file)
-                found = _OpenSegment(segment, tuple(SegmentPart(g) for g in segment.groups))
+                parts = tuple(SegmentPart(group) for group in segment.groups)
+                found = _OpenSegment(file, segment, parts)
             except DamageError as error:
                 reason = str(error).removeprefix(f"{file.name}: ")
                 found = Damage(file.name, 0, file.num_bytes, reason)
@@ -167,7 +228,7 @@ class Index:
         fd = os.open(path, READ_ONLY)
         try:
             file = JournalFile(path, read_at(fd, FILE_HEADER_BYTES, 0))
-            found = self._journals.get(file)
+            found = known._journals.get(file) or self._journals.get(file)
             if found is None:
                 found = _OpenJournal(file, Scan(f"{path.parent.name}/{path.name}"), [])
             items = [item for item in found.items if isinstance(item, Frame) or not item.is_tail]
@@ -179,39 +240,66 @@ class Index:
 
 
 class _LogBuilder:
-    """Puts together what the files of one writer hold."""
+    """Puts together what the files of one writer hold, whatever order they come in.
+
+    What is in a file counts, not what the file is named; but no file of another writer is read.
+    """
 
     def __init__(self, log: WriterLog) -> None:
         self._log = log
+        self._token: str | None = None
         self._seen: set[int] = set()
+        self._tables: dict[str, tuple[int, Table]] = {}  # With the number of its frame.
         self._spans: list[tuple[int, int, str, bool]] = []  # first, end, file, is damaged
 
-    def add_segment(self, path: Path, first: int, end: int, found: _OpenSegment | Damage) -> None:
-        log = self._log
-        name = f"{path.parent.name}/{path.name}"
-        if isinstance(found, Damage):
-            log.damage.append(found)
-            self._spans.append((first, end, name, True))
+    def find_token(self, files: Sequence[_OpenSegment | Damage | _OpenJournal]) -> None:
+        """Find out who wrote the files: what most of them say, or nobody if they are at odds."""
+        tokens = [
+            file.token
+            for file in files
+            if not isinstance(file, Damage) and file.token is not None and self._is_here(file)
+        ]
+        token, count = Counter(tokens).most_common(1)[0] if tokens else (None, 0)
+        self._token = token if 2 * count > len(tokens) else None
+
+    def add_segment(self, opened: _OpenSegment | Damage, first: int, end: int) -> None:
+        if isinstance(opened, Damage):
+            self._leave_out(opened, first, end)
             return
-        damage = [Damage(**item) for item in found.segment.damage]
+        refused = self._refuse(opened)
+        if refused is not None:
+            self._leave_out(refused, first, end)
+            return
+        log = self._log
+        segment, numbers = opened.segment, opened.numbers
+        damage = [Damage(**item) for item in segment.damage]
         log.damage += damage
-        self._spans.append((first, end, name, bool(damage)))
-        for item in found.segment.frames:
+        if numbers is not None:
+            start, last = numbers
+            if start < first or last >= end or (start > first and not damage):
+                self._report_name(opened.name, start, last)
+                first, end = start, last + 1
+        self._spans.append((first, end, opened.name, bool(damage)))
+        for item in segment.frames:
             if item["sequence"] not in self._seen:
                 self._seen.add(item["sequence"])
                 self._add_event(item)
-        for table in found.segment.tables:
-            arrays = {e["field"]: partial(found.segment.table, e) for e in table["arrays"]}
+        for table in segment.tables:
+            arrays = {e["field"]: partial(segment.table, e) for e in table["arrays"]}
             dims = {e["field"]: tuple(e["dims"]) for e in table["arrays"]}
-            log.tables[table["name"]] = Table(table["attributes"], arrays, dims)
-        for part in found.parts:
+            self._add_table(first, table["name"], Table(table["attributes"], arrays, dims))
+        for part in opened.parts:
             self._seen.update(record.sequence for record in part.records)
             log.parts.setdefault((part.measure, part.source), []).append(part)
 
     def add_journal(self, journal: _OpenJournal, first: int, *, is_live: bool) -> None:
+        refused = self._refuse(journal)
+        if refused is not None:
+            self._leave_out(refused, first, first)
+            return
         log = self._log
         parts: dict[tuple[str, str], JournalPart] = {}
-        end, is_damaged = first, False
+        start, end, is_damaged = first, first, False
         for item in journal.items:
             if isinstance(item, Damage):
                 # The tail of a live journal is a record on its way.
@@ -219,7 +307,7 @@ class _LogBuilder:
                     log.damage.append(item)
                     is_damaged = True
                 continue
-            end = item.sequence + 1
+            start, end = min(start, item.sequence), item.sequence + 1
             if item.sequence in self._seen:
                 continue
             self._seen.add(item.sequence)
@@ -232,30 +320,73 @@ class _LogBuilder:
                     for column, entry in enumerate(item.arrays)
                 }
                 dims = {entry.field: entry.dims for entry in item.arrays}
-                log.tables[item.body["name"]] = Table(item.body["attributes"], arrays, dims)
+                table = Table(item.body["attributes"], arrays, dims)
+                self._add_table(item.sequence, item.body["name"], table)
             else:
                 numbers = {"kind": item.kind, "step": item.step, "sequence": item.sequence}
                 self._add_event({**numbers, **item.body})
-        path = journal.file.path
-        self._spans.append((first, end, f"{path.parent.name}/{path.name}", is_damaged))
+        stated = journal.scan.first_sequence
+        if start < first or stated not in (None, first):
+            start = start if stated is None else stated
+            self._report_name(journal.name, start, end - 1)
+        self._spans.append((start, end, journal.name, is_damaged))
         for key, part in parts.items():
             log.parts.setdefault(key, []).append(part)
 
-    def finish(self) -> WriterLog:
-        """Report what is missing between the files, and return the whole."""
+    def missing(self) -> set[Damage]:
+        """Return what is missing between the files."""
+        found = set()
         expected, may_be_missing = 0, False
         for first, end, name, is_damaged in sorted(self._spans):
             # Frames behind damage were reported with it.
             if first > expected and not may_be_missing:
                 reason = f"frames {expected} to {first - 1} are missing: a file was lost"
-                self._log.damage.append(Damage(name, 0, 0, f"{reason} before this one"))
+                found.add(Damage(name, 0, 0, f"{reason} before this one"))
             if end >= expected:
                 expected, may_be_missing = end, is_damaged
-        self._log.damage = list(dict.fromkeys(self._log.damage))
-        return self._log
+        return found
+
+    def finish(self) -> WriterLog:
+        """Return the whole, in the order in which it was written."""
+        log = self._log
+        log.damage = list(dict.fromkeys([*log.damage, *sorted(self.missing(), key=str)]))
+        log.tables = {name: table for name, (_, table) in self._tables.items()}
+        log.events.sort(key=lambda event: int(event["sequence"]))
+        for parts in log.parts.values():
+            parts.sort(key=lambda part: part.records[0].sequence)
+        by_first = sorted(log.parts.items(), key=lambda item: item[1][0].records[0].sequence)
+        log.parts = dict(by_first)
+        return log
+
+    def _is_here(self, file: _OpenSegment | _OpenJournal) -> bool:
+        said = file.attempt.get("attempt"), file.attempt.get("rank")
+        return not file.attempt or said == (self._log.attempt, self._log.rank)
+
+    def _refuse(self, file: _OpenSegment | _OpenJournal) -> Damage | None:
+        """Say why a file is not of this writer, if it is not."""
+        if not self._is_here(file):
+            attempt, rank = file.attempt.get("attempt"), file.attempt.get("rank")
+            reason = f"it belongs into another folder: it is of attempt {attempt}, rank {rank}"
+        elif file.token not in (None, self._token):
+            reason = "it was written by another process than the other files of the folder"
+        else:
+            return None
+        return Damage(file.name, 0, file.num_bytes, reason)
+
+    def _leave_out(self, damage: Damage, first: int, end: int) -> None:
+        self._log.damage.append(damage)
+        self._spans.append((first, end, damage.path, True))
+
+    def _report_name(self, name: str, first: int, last: int) -> None:
+        reason = f"it holds frames {first} to {last}, others than its name states"
+        self._log.damage.append(Damage(name, 0, 0, reason))
 
     def _add_event(self, item: dict[str, Any]) -> None:
-        if item["kind"] == "attempt":
-            self._log.about = item
-        else:
+        if item["kind"] != "attempt":
             self._log.events.append(item)
+        elif item["sequence"] >= self._log.about.get("sequence", 0):
+            self._log.about = {key: item[key] for key in item if key != "token"}
+
+    def _add_table(self, sequence: int, name: str, table: Table) -> None:
+        if sequence >= self._tables.get(name, (0, table))[0]:
+            self._tables[name] = (sequence, table)

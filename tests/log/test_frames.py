@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -29,18 +28,14 @@ from sonde.log.frames import (
 from sonde.log.journal import Journal
 
 from .conftest import (
-    assert_holds,
     assert_intact,
-    copies,
     frame_bounds,
     frames_of,
     journal_of,
     new_run,
     overwrite,
-    read_records,
     write_records,
 )
-from .doomed import record_of
 
 NUM_RECORDS = 6
 
@@ -58,16 +53,6 @@ def scan(path: Path) -> list[Frame | Damage]:
 
 def damage_of(path: Path) -> list[Damage]:
     return [item for item in scan(path) if isinstance(item, Damage)]
-
-
-def assert_nothing_wrong(journal: Path) -> tuple[set[int], list[Damage]]:
-    """Check what is still read; return which records that is, and the damage."""
-    run = open_run(journal.parent.parent)
-    read = read_records(run)
-    for number, arrays in read.items():
-        assert_holds(record_of(number), arrays)
-    assert set(copies(run.path).values()) <= {1}
-    return set(read), run.damage
 
 
 def test_journal_has_the_documented_bytes(tmp_path: Path) -> None:
@@ -179,24 +164,6 @@ def test_array_the_log_cannot_hold_is_refused(arrays: list[LogArray], message: s
         check_arrays(arrays)
 
 
-def test_any_flipped_byte_of_a_journal_costs_at_most_one_record(journal: Path) -> None:
-    content = journal.read_bytes()
-    rng = random.Random(0)
-    lost = set()
-    for position in rng.sample(range(len(content)), 300):
-        flipped = bytearray(content)
-        flipped[position] ^= rng.randrange(1, 256)
-        journal.write_bytes(flipped)
-        there, damage = assert_nothing_wrong(journal)
-        missing = set(range(NUM_RECORDS)) - there
-        assert len(missing) <= 1
-        assert len(damage) == 1
-        assert damage[0].path == "attempt0-rank0/000000000000.journal"
-        assert damage[0].offset <= position < damage[0].offset + damage[0].num_bytes
-        lost |= missing
-    assert lost == set(range(NUM_RECORDS))
-
-
 def test_every_flipped_byte_of_a_tiny_journal_is_reported(tmp_path: Path) -> None:
     folder = new_run(tmp_path / "tiny") / "attempt0-rank0"
     folder.mkdir()
@@ -245,38 +212,6 @@ def test_journal_cut_inside_a_record_holds_those_before(journal: Path, record: i
     os.truncate(journal, (start + end) // 2)
     run = assert_intact(journal.parent.parent, range(record))
     assert [damage.is_tail for damage in run.damage] == [True]
-
-
-@pytest.mark.parametrize("seed", range(120))
-def test_spliced_journal_yields_nothing_wrong_and_nothing_twice(
-    journal: Path, tmp_path: Path, seed: int
-) -> None:
-    rng = random.Random(seed)
-    other = new_run(tmp_path / "other")
-    write_records(other, range(20, 26))
-    foreign, content = journal_of(other).read_bytes(), journal.read_bytes()
-    strange = slice(*rng.choice(frame_bounds(journal_of(other))))
-    bounds = frame_bounds(journal)
-    (start, end), (later_start, later_end) = sorted(rng.sample(bounds, 2))
-    position = rng.randrange(40, len(content))
-    noise = rng.randbytes(rng.randrange(1, 500))
-    spliced = rng.choice(
-        [
-            content[:start] + foreign[strange] + content[start:],
-            content[:position] + foreign[strange] + content[position:],
-            content[:start] + foreign[strange] + content[end:],
-            content[:later_end] + content[start:end] + content[later_end:],
-            content[:start] + content[later_start:later_end] + content[end:later_start]
-            + content[start:end] + content[later_end:],
-            content[:position] + noise + content[position:],
-            content[:position] + noise + content[position + len(noise) :],
-            content[:position] + bytes(len(noise)) + content[position + len(noise) :],
-            content[:position] + foreign[position:],
-        ]
-    )  # fmt: skip
-    journal.write_bytes(spliced)
-    _, damage = assert_nothing_wrong(journal)
-    assert bool(damage) == (spliced != content)
 
 
 def test_frame_of_another_journal_is_named_as_such(journal: Path, tmp_path: Path) -> None:
@@ -328,9 +263,7 @@ def test_journal_of_a_newer_format_is_refused(
 
 def test_a_frame_that_was_cut_out_whole_is_reported(journal: Path) -> None:
     content = journal.read_bytes()
-    start, end = frame_bounds(journal)[2]
+    start, end = frame_bounds(journal)[3]
     journal.write_bytes(content[:start] + content[end:])
-    there, damage = assert_nothing_wrong(journal)
-    assert len(there) == NUM_RECORDS - 1
-    (missing,) = damage
-    assert missing.reason.startswith("frames 2 to 2 are missing before record 3")
+    (missing,) = assert_intact(journal.parent.parent, [0, *range(2, NUM_RECORDS)]).damage
+    assert missing.reason.startswith("frames 3 to 3 are missing before record 4")
