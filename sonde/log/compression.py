@@ -7,7 +7,6 @@ shuffle: it makes the floats of a training no smaller.
 from __future__ import annotations
 
 import zlib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,7 +32,11 @@ def choose_compression(wanted: Compression | None) -> Compression:
         InvalidInputError: If there is no such compression, or hdf5plugin is not installed.
     """
     if wanted is None:
-        return "gzip" if find_spec("hdf5plugin") is None else "zstd"
+        try:
+            require_zstd("zstd")
+        except InvalidInputError:
+            return "gzip"
+        return "zstd"
     if wanted not in ("zstd", "gzip", "none"):
         raise InvalidInputError(f"`compression` (={wanted!r}) must be 'zstd', 'gzip' or 'none'")
     if wanted == "zstd":

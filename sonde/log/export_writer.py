@@ -327,10 +327,14 @@ def _as_stored(values: Array, dtype: str) -> Array:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Choose chunks: whole records together, or else one split along its first axis, and so on."""
+    """Choose chunks: whole records together, or else one split along its first axis, and so on.
+
+    Chunks of several records are smaller, as who reads one record unpacks all of them.
+    """
     sizes = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
     axis = next(axis for axis, num_bytes in enumerate(sizes) if num_bytes <= CHUNK_BYTES)
-    num_chunks = -(-shape[axis] // (CHUNK_BYTES // sizes[axis]))
+    limit = CHUNK_BYTES if axis else CHUNK_BYTES // 4
+    num_chunks = -(-shape[axis] // max(1, limit // sizes[axis]))
     together = -(-shape[axis] // num_chunks)  # All of one size, as the last one is padded.
     return (*[1] * axis, together, *shape[axis + 1 :])
 
