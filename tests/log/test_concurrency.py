@@ -1,0 +1,176 @@
+"""Reading while a training writes: all that is committed is seen, and nobody waits for readers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sonde.log import LogWriter, open_run
+from sonde.log import reader as reader_module
+from sonde.log.layout import journals, segments
+from sonde.log.seal import seal_journal, seal_run
+from sonde.log.segment import Segment, SegmentFile
+
+from .conftest import assert_intact, frame_bounds, journals_of, segments_of, write_records
+from .doomed import record_of, time_limit
+from .watching import Announced
+
+READERS = ("refresh", "reopen", "open_segments")
+
+
+@contextmanager
+def spawn(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a process of `watching.py`; it is killed at the end if it has not ended."""
+    command = [sys.executable, "-m", "log.watching", *map(str, arguments)]
+    with subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def drain(process: subprocess.Popen[str]) -> list[str]:
+    """Let a process end; return what it printed last."""
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0
+    return printed.split()
+
+
+def test_three_readers_see_all_that_is_committed_and_nothing_else(
+    run_path: Path, is_full: bool, counts: Counter[str]
+) -> None:
+    seconds = 60 if is_full else 3
+    with spawn("write", run_path, 10**9) as writer:
+        assert next_line(writer) == "0"
+        with (
+            spawn(READERS[0], run_path, seconds, 0) as first,
+            spawn(READERS[1], run_path, seconds, 1) as second,
+            spawn(READERS[2], run_path, seconds, 2) as third,
+        ):
+            printed = [drain(reader) for reader in (first, second, third)]
+        drain(writer)
+    num_records = Announced(run_path).last + 1
+    run = assert_intact(run_path, range(num_records))
+    assert (run.state, run.damage, journals_of(run_path)) == ("finished", [], [])
+    assert 14 < num_records / len(segments_of(run_path)) < 18
+    for state, *reads in printed:
+        assert state == "reading"
+        for read in reads:
+            what, count = read.split("=")
+            assert int(count) > 2
+            counts[f"reads while a training writes: {what}"] += int(count)
+
+
+def test_a_reader_that_stops_does_not_hold_the_writer_up(
+    run_path: Path, is_full: bool, counts: Counter[str]
+) -> None:
+    rng = random.Random(0)
+    with spawn("write", run_path, 1) as writer:
+        assert next_line(writer) == "0"
+        for reader_kind in READERS:
+            with spawn(reader_kind, run_path, 600, 0) as reader:
+                assert next_line(reader) == "reading"
+                for _ in range(40 if is_full else 2):
+                    # Wherever it is, with whatever locks and files it has.
+                    os.kill(reader.pid, signal.SIGSTOP)
+                    before = len(segments_of(run_path))
+                    with time_limit(120):
+                        while len(segments_of(run_path)) < before + 2:
+                            assert next_line(writer).isdecimal()
+                    os.kill(reader.pid, signal.SIGCONT)
+                    for _ in range(rng.randrange(1, 30)):
+                        assert next_line(writer).isdecimal()
+                    assert reader.poll() is None
+                    counts["readers stopped while a training writes"] += 1
+        drain(writer)
+    assert open_run(run_path).damage == []
+
+
+def test_a_sealer_that_stays_ahead_does_not_keep_a_reader_from_ending(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(run_path, range(40), segment_bytes=2000)
+    seal_run(run_path, before=40)
+    opened: list[SegmentFile] = []
+
+    def list_then_seal(folder: Path) -> object:
+        listed = journals(folder)
+        for journal in journals_of(run_path)[:1]:
+            seal_journal(journal)
+        return listed
+
+    def open_segment(file: SegmentFile) -> Segment:
+        opened.append(file)
+        return Segment(file)
+
+    monkeypatch.setattr(reader_module, "journals", list_then_seal)
+    monkeypatch.setattr(reader_module, "Segment", open_segment)
+    assert open_run(run_path).steps() == list(range(40))
+    # However often the folder is listed again, what was opened is kept.
+    assert len(opened) == len(segments_of(run_path)) > 5
+
+
+def test_an_earlier_file_that_a_list_lacks_is_not_taken_for_lost(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogWriter(run_path, seal=False, segment_bytes=2000)
+    for number in range(12):
+        writer.append("activations", "probe", number, record_of(number))
+    writer.flush()
+    seal_run(run_path, before=int(journals_of(run_path)[-1].stem))
+    lists = [lambda found: found[:1] + found[2:]]
+
+    def list_without_one(folder: Path) -> object:
+        # A folder that changes while it is listed may show a later name and not an earlier one.
+        found = segments(folder)
+        return lists.pop()(found) if lists else found
+
+    with monkeypatch.context() as changing:
+        changing.setattr(reader_module, "segments", list_without_one)
+        assert assert_intact(run_path, range(12)).damage == []
+    segments_of(run_path)[1].unlink()
+    (damage,) = open_run(run_path).damage
+    assert damage.reason.endswith("are missing: a file was lost before this one")
+    writer.close()
+
+
+def test_record_whose_header_is_there_first_is_on_its_way(run_path: Path) -> None:
+    writer = LogWriter(run_path, seal=False)
+    for number in range(2):
+        writer.append("activations", "probe", number, record_of(number))
+    writer.flush()
+    (journal,) = journals_of(run_path)
+    whole = journal.read_bytes()
+    _, end = frame_bounds(journal)[-1]
+    with journal.open("r+b") as file:
+        file.seek(end - 16)
+        file.write(bytes(16))
+    run = open_run(run_path)
+    assert (run.steps(), run.damage) == ([0], [])
+    with journal.open("r+b") as file:
+        file.write(whole)
+    run.refresh()
+    assert (run.steps(), run.damage) == ([0, 1], [])
+    assert_intact(run_path, range(2))
+    writer.close()
