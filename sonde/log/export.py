@@ -7,6 +7,7 @@ written under another name, forced to the disk and renamed, so that it is there 
 from __future__ import annotations
 
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,15 +16,11 @@ from typing import TYPE_CHECKING
 
 import h5py
 
-from sonde.exceptions import (
-    InvalidInputError,
-    RunExistsError,
-    SondeWarning,
-)
+from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
 
 from .compression import Compression, choose_compression
 from .export_file import EXPORT_VERSION, MARK, encode_trailer
-from .export_origin import Address, Origin, Writer
+from .export_origin import Origin, Writer
 from .export_plan import Places, Plan, plan_export
 from .export_writer import ExportWriter, Facts
 from .frames import Damage
@@ -83,7 +80,7 @@ def export_run(
     chosen = choose_compression(compression)
     origin = Origin(run)
     plan = plan_export(run, origin, layers, steps, measures)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         unread = _write(run, origin, plan, temporary, chosen, on_part or (lambda _: None))
         temporary.replace(target)
@@ -108,14 +105,14 @@ def _write(
     path: Path,
     compression: Compression,
     on_part: Callable[[str], object],
-) -> list[tuple[Address, str]]:
+) -> list[tuple[Writer | None, str]]:
     """Write the file and force it to the disk; return what could not be read of the run."""
     with closing(Output(path)) as output:
         with h5py.File(output, "w", libver=("v108", "v108")) as file:
             # Small, and first in the file: what it is can be told even where its end is missing.
             file.attrs[MARK] = EXPORT_VERSION
             writer = ExportWriter(output, file, origin, compression, on_part)
-            places = Places(run, origin, plan.groups)
+            places = Places(origin, plan.groups)
             written = [writer.write_group(places.path_of(g), g) for g in plan.groups]
             tables, table_of = places.tables()
             metadata = {
@@ -147,12 +144,12 @@ def _describe_writer(
     origin: Origin,
     name: Writer,
     table_of: dict[tuple[Writer, str], int],
-    unread: Sequence[tuple[Address, str]],
+    unread: Sequence[tuple[Writer | None, str]],
 ) -> Facts:
     log = origin.writers[name]
     damage = [vars(item) for item in log.damage]
-    for address, reason in unread:
-        if address[:2] == name:
+    for writer, reason in unread:
+        if writer == name:
             path, _, what = reason.partition(": ")
             damage.append(vars(Damage(path, 0, 0, what)))
     return {

@@ -7,6 +7,7 @@ an axis `example` means the same examples throughout.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .export_origin import Address, Origin, TableContent
-from .frames import storage_dtype
 from .parts import Part, StreamKey, StreamShape
 from .ranks import Key
 
@@ -65,7 +65,7 @@ class Column:
     def sizes(self) -> list[int]:
         """Return its number of elements in each of `rows`."""
         shapes = self.shapes or [self._first_shape] * len(self.rows)
-        return [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+        return [math.prod(shape) for shape in shapes]
 
     def shape_table(self, num_records: int) -> npt.NDArray[np.int64]:
         """Return its shape in every record of the group, [records, axes], padded with -1."""
@@ -74,11 +74,6 @@ class Column:
         for row, shape in zip(self.rows, shapes, strict=True):
             table[row, : len(shape)] = shape
         return table
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all its arrays in bytes."""
-        return sum(self.sizes()) * storage_dtype(self.dtype).itemsize
 
 
 @dataclass

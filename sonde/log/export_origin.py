@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sonde.exceptions import DamageError, FormatError
 
 from .parts import Record, StreamKey
-from .reader import WriterLog
+from .ranks import join
 
 if TYPE_CHECKING:
     from .run import Run
@@ -46,16 +46,27 @@ class TableContent:
 
 
 class Origin:
-    """The run that is exported. What its files hold is found again where journals get sealed.
+    """The run that is exported, as it is at first.
+
+    Where journals are sealed meanwhile, their records are found again in the segments.
 
     Args:
         run: The run.
+
+    Attributes:
+        path: Where it is.
+        writers: What the run holds, by attempt and rank.
+        ranks: The ranks that wrote.
+        joined: The records that a reader of the run sees.
+        of_rank: The records that a reader of each rank sees.
     """
 
     def __init__(self, run: Run) -> None:
+        self.path = run.path
         self._run = run
         self._tables: dict[tuple[Writer, str], TableContent] = {}
         self._list()
+        self._retry(self._look)
 
     def record(self, address: Address) -> Record:
         """Return a record as it stands in the files now.
@@ -65,7 +76,7 @@ class Origin:
         """
         found = self._records.get(address)
         if found is None:
-            raise FormatError(f"{self._run.path} was recorded anew while it was exported")
+            raise FormatError(f"{self.path} was recorded anew while it was exported")
         return found
 
     def read(
@@ -94,11 +105,24 @@ class Origin:
             self._tables[writer, source] = content
         return self._tables[writer, source]
 
+    def _look(self) -> None:
+        self.writers = self._current
+        self.ranks = sorted({rank for _, rank in self.writers})
+        logs = list(self.writers.values())
+        self.joined = join(logs)
+        self.of_rank = {
+            rank: join([log for log in logs if log.rank == rank])
+            if len(self.ranks) > 1
+            else self.joined
+            for rank in self.ranks
+        }
+
     def _list(self) -> None:
-        self.writers: dict[Writer, WriterLog] = {(w.attempt, w.rank): w for w in self._run._writers}
+        """List what the files hold now."""
+        self._current = {(log.attempt, log.rank): log for log in self._run._writers}
         self._records: dict[Address, Record] = {
             (*writer, *key, record.sequence): record
-            for writer, log in self.writers.items()
+            for writer, log in self._current.items()
             for key, parts in log.parts.items()
             for part in parts
             for record in part.records
@@ -129,7 +153,7 @@ class Origin:
                         yield error
 
     def _read_tables(self, writer: Writer, source: str) -> TableContent:
-        table = self.writers[writer].tables[source]
+        table = self._current[writer].tables[source]
         arrays: dict[str, npt.NDArray[Any] | str] = {}
         for name, read in table.arrays.items():
             try:

@@ -13,7 +13,7 @@ from sonde.exceptions import MeasureNotFoundError
 from .export_groups import Group, group_records
 from .export_origin import Address, Origin, TableContent, Writer
 from .frames import link_name
-from .ranks import ID, Key, join
+from .ranks import ID, Key
 from .reader import WriterLog
 from .selection import match_layers, match_steps
 
@@ -57,7 +57,7 @@ def plan_export(
                 f"{of} has no records of '{measure}'; it has: "
                 f"{', '.join(run.measures) or 'none yet'}"
             )
-    by_rank = [_visible_records(origin, rank) for rank in run.ranks]
+    by_rank = [_visible_records(origin, rank) for rank in origin.ranks]
     keys = [
         key
         for key in dict.fromkeys(key for records in by_rank for key in records)
@@ -81,7 +81,7 @@ def plan_export(
             ]
             groups += group_records(origin, key, addresses, taken)
     superseded = {}
-    if len(run.ranks) > 1:
+    if len(origin.ranks) > 1:
         seen = {address for records in by_rank for found in records.values() for address in found}
         wanted = dict.fromkeys(keys) if allowed is None else allowed
         superseded = {name: _superseded(log, seen, wanted) for name, log in origin.writers.items()}
@@ -94,10 +94,8 @@ def _visible_records(origin: Origin, rank: int) -> dict[Key, list[Address]]:
     A reader of the rank sees what no later attempt of that rank superseded, a reader of the run
     what no later attempt of any rank did.
     """
-    writers = list(origin.writers.values())
-    views = [join([log for log in writers if log.rank == rank]), join(writers)]
     visible: dict[Key, dict[tuple[int, int, int], Address]] = {}
-    for view in views:
+    for view in (origin.of_rank[rank], origin.joined):
         for key, records in view.records.items():
             for step, shares in records.items():
                 for share in shares:
@@ -140,8 +138,8 @@ def _superseded(
 class Places:
     """Where groups and tables go: below the rank, where there are several, and the attempt."""
 
-    def __init__(self, run: Run, origin: Origin, groups: Sequence[Group]) -> None:
-        self._ranks = run.ranks
+    def __init__(self, origin: Origin, groups: Sequence[Group]) -> None:
+        self._ranks = origin.ranks
         self._origin = origin
         self._sources = list(dict.fromkeys(group.key[1] for group in groups))
         self._attempts = {f"attempt{attempt}" for attempt, _ in origin.writers}

@@ -23,7 +23,7 @@ from sonde.exceptions import DamageError
 
 from .compression import Compression, add_filter
 from .export_groups import Column, Group
-from .export_origin import Address, Origin, TableContent
+from .export_origin import Origin, TableContent, Writer
 from .frames import link_name, slot_checksum, storage_dtype, stream_name
 from .hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
 from .output import Output
@@ -48,7 +48,7 @@ class ExportWriter:
         on_part: Called with the name of each stream before it is written.
 
     Attributes:
-        unread: What could not be read in the run.
+        unread: What could not be read in the run, with its writer; None for tables.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ExportWriter:
         self._on_part = on_part
         self._chunks: list[npt.NDArray[np.int64]] = []
         self._num_chunks = 0
-        self.unread: list[tuple[Address, str]] = []
+        self.unread: list[tuple[Writer | None, str]] = []
 
     def write_table(self, path: str, source: str, content: TableContent) -> Facts:
         """Write the tables of a source as a group, and describe them."""
@@ -77,6 +77,7 @@ class ExportWriter:
             entry: Facts = {"field": field, "dims": content.dims[field]}
             if isinstance(values, str):
                 entry["reason"] = values
+                self.unread.append((None, values))
             else:
                 name = group.free_name(link_name(field))
                 entry |= _write_place(group, name, values, content.dims[field])
@@ -181,7 +182,7 @@ class ExportWriter:
         facts["chunks"] = self._list_chunks(dataset, shape, chunk or (), written)
         if stream.unread:
             facts["unread"] = stream.unread
-            self.unread += [(group.addresses[row], why) for row, why in stream.unread.items()]
+            self.unread += [(group.addresses[row][:2], why) for row, why in stream.unread.items()]
         return facts
 
     def _list_chunks(

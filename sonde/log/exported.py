@@ -127,6 +127,10 @@ class _Content:
         """Check every byte; yield what is damaged."""
         for writer in self.writers:
             yield from writer.damage
+        for array in (array for entry in self.facts["tables"] for array in entry["arrays"]):
+            if "reason" in array:
+                path, _, what = array["reason"].partition(": ")
+                yield Damage(path, 0, 0, what)
         stretches: list[tuple[int, int]] = []
         for stream in (stream for group in self._groups for stream in group.streams):
             try:

@@ -1,9 +1,10 @@
-"""Comparison of two runs by all that their readers see."""
+"""Exported runs, and the comparison of two runs by all that their readers see."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,19 @@ import pytest
 import xarray
 
 from sonde.exceptions import SondeError
-from sonde.log import MeasureLog, Run
+from sonde.log import MeasureLog, Run, open_run
+from sonde.log.export import export_run
+from sonde.log.verify import verify_run
 
 from .conftest import assert_identical
+
+
+def export_and_open(path: Path, **options: Any) -> Run:
+    """Export a run directory to `out.h5` beside it, check that it is intact, and open it."""
+    out = path.with_name("out.h5")
+    assert export_run(open_run(path), out, overwrite=True, **options) == out
+    assert verify_run(out) == []
+    return open_run(out)
 
 
 def assert_alike(actual: Run, expected: Run) -> int:

@@ -1,62 +1,41 @@
-"""Export: what a reader sees of a run, bit for bit in one file, and what was selected of it."""
+"""Export: what a reader sees of a run, bit for bit in one file."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sonde import analysis
 from sonde.exceptions import (
     DamageError,
     FormatError,
     InvalidInputError,
-    LayerNotFoundError,
-    MeasureNotFoundError,
     RunExistsError,
     RunNotFoundError,
     SondeWarning,
-    StepNotFoundError,
 )
-from sonde.log import LogArray, LogWriter, Run, open_run
+from sonde.log import LogArray, LogWriter, open_run
 from sonde.log import export_writer as export_writer_module
 from sonde.log.compression import Compression
 from sonde.log.export import export_run
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
-from .alike import assert_alike
+from .alike import assert_alike, export_and_open
 from .conftest import Array, Open, new_run, overwrite, segment_of, write_records
 from .doomed import record_of
 from .shapes import SHAPES, write_shape
-from .test_ranks import write_rank
 from .test_reader import DTYPES, WEIRD_NAMES, every_bit_pattern, streams
 
 COMPRESSIONS: list[Compression] = list(get_args(Compression))
 STORED = ["float16", "float32", "float64", "bfloat16"]
-
-Export = Callable[..., Run]
-
-
-@pytest.fixture
-def exported(tmp_path: Path) -> Export:
-    """Export a run directory, and open the file."""
-
-    def export(path: Path, **options: Any) -> Run:
-        out = tmp_path / "out.h5"
-        assert export_run(open_run(path), out, overwrite=True, **options) == out
-        assert verify_run(out) == []
-        return open_run(out)
-
-    return export
 
 
 @pytest.fixture(params=["chunks of 1 MiB", "chunks of 64 bytes"])
@@ -70,10 +49,10 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_exported_run_reads_like_the_run(
-    tmp_path: Path, exported: Export, shape: str, compression: Compression
+    tmp_path: Path, shape: str, compression: Compression
 ) -> None:
     write_shape(tmp_path / "run", shape, 0)
-    run = exported(tmp_path / "run", compression=compression)
+    run = export_and_open(tmp_path / "run", compression=compression)
     assert assert_alike(run, open_run(tmp_path / "run")) > 3
     assert run.state == "finished"
     assert run.name == "out.h5"
@@ -83,16 +62,18 @@ def test_an_exported_run_reads_like_the_run(
 @pytest.mark.parametrize("shape", ["small_records", "ragged_streams", "bfloat16"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_chunks_of_any_size_read_the_same(
-    tmp_path: Path, exported: Export, shape: str, compression: Compression
+    tmp_path: Path, shape: str, compression: Compression
 ) -> None:
     write_shape(tmp_path / "run", shape, 1)
-    assert_alike(exported(tmp_path / "run", compression=compression), open_run(tmp_path / "run"))
+    assert_alike(
+        export_and_open(tmp_path / "run", compression=compression), open_run(tmp_path / "run")
+    )
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_every_type_and_shape_comes_back_bit_for_bit(
-    run_path: Path, opened: Open, exported: Export, compression: Compression
+    run_path: Path, opened: Open, compression: Compression
 ) -> None:
     rng = np.random.default_rng(0)
     shapes = [(), (0,), (7,), (5, 9), (3, 0, 2), (1, 1, 1, 1, 1), (2, 3, 40)]
@@ -107,13 +88,13 @@ def test_every_type_and_shape_comes_back_bit_for_bit(
         assert writer.append("activations", "probe", step, arrays[: 20 * step])
     writer.close()
     expected = opened(run_path)
-    assert assert_alike(exported(run_path, compression=compression), expected) == 20 * (
+    assert assert_alike(export_and_open(run_path, compression=compression), expected) == 20 * (
         1 + 2 + 3 + 4
     )
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_stream_may_change_its_type_shape_and_axes(run_path: Path, exported: Export) -> None:
+def test_a_stream_may_change_its_type_shape_and_axes(run_path: Path) -> None:
     for attempt, dtype in enumerate(["float32", "float16", "float32"]):
         about = {"resume_step": 2 * attempt}
         writer = LogWriter(run_path, attempt=attempt, about=about, seal=False)
@@ -126,7 +107,7 @@ def test_a_stream_may_change_its_type_shape_and_axes(run_path: Path, exported: E
             ]
             assert writer.append("activations", "probe", step, arrays)
         writer.close()
-    run = exported(run_path)
+    run = export_and_open(run_path)
     assert assert_alike(run, open_run(run_path)) == 21
     assert [run.activations.array("full", s, "fc").dtype.name for s in (0, 2, 4)] == [
         "float32",
@@ -136,9 +117,7 @@ def test_a_stream_may_change_its_type_shape_and_axes(run_path: Path, exported: E
 
 
 @pytest.mark.parametrize("name", WEIRD_NAMES, ids=lambda name: ascii(name)[:12])
-def test_any_name_names_a_layer_a_field_a_measure_and_a_source(
-    run_path: Path, exported: Export, name: str
-) -> None:
+def test_any_name_names_a_layer_a_field_a_measure_and_a_source(run_path: Path, name: str) -> None:
     keys = [(name, "gram"), (None, name), (name, name), ("fc", name)]
     writer = LogWriter(run_path, seal=False)
     writer.add_table(name, [LogArray(name, np.arange(3), ("example",))], {name: name})
@@ -146,22 +125,20 @@ def test_any_name_names_a_layer_a_field_a_measure_and_a_source(
         arrays = [LogArray(f, np.arange(3 + step), (name or "dim",), layer) for layer, f in keys]
         assert writer.append(name, name, step, arrays, {name: step})
     writer.close()
-    assert assert_alike(exported(run_path), open_run(run_path)) == 9
+    assert assert_alike(export_and_open(run_path), open_run(run_path)) == 9
 
 
 @pytest.mark.parametrize("name", ["tables", "metadata", "chunks", "attempt0", "rank0", "tables/a"])
-def test_a_measure_may_be_named_like_a_part_of_the_file(
-    run_path: Path, exported: Export, name: str
-) -> None:
+def test_a_measure_may_be_named_like_a_part_of_the_file(run_path: Path, name: str) -> None:
     for rank in (0, 1):
         writer = LogWriter(run_path, rank=rank, seal=False)
         writer.add_table("probe", [LogArray("id", np.arange(2), ("example",))])
         for measure in (name, "activations"):
             writer.append(measure, "probe", 0, [LogArray("a", np.arange(3), ("n",))])
         writer.close()
-    assert assert_alike(exported(run_path), open_run(run_path)) == 12
+    assert assert_alike(export_and_open(run_path), open_run(run_path)) == 12
     shutil.rmtree(run_path / "attempt0-rank1")
-    assert assert_alike(exported(run_path), open_run(run_path)) == 4
+    assert assert_alike(export_and_open(run_path), open_run(run_path)) == 4
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -195,96 +172,6 @@ def test_whatever_is_recorded_is_exported(
     assert verify_run(path / "out.h5") == []
 
 
-def test_superseded_records_are_left_out_and_attempts_are_not(
-    run_path: Path, exported: Export
-) -> None:
-    for attempt, (steps, resume_step) in enumerate([(range(8), 0), (range(5, 9), 5), ([], 3)]):
-        writer = LogWriter(
-            run_path, attempt=attempt, about={"resume_step": resume_step}, seal=False
-        )
-        writer.note("missing", attempt, layer="fc")
-        for step in steps:
-            writer.append("activations", "probe", step, record_of(10 * attempt + step))
-        writer.close()
-    run = exported(run_path)
-    assert_alike(run, open_run(run_path))
-    assert [about["attempt"] for about in run.attempts] == [0, 1, 2]
-    assert b'"sequences":[2,3,4,5,6,2,3,4,5]' in run.path.read_bytes()
-
-
-def test_an_attempt_of_which_nothing_is_left_still_supersedes(
-    run_path: Path, exported: Export
-) -> None:
-    table = {"input_digest": "a"}
-    for rank in (0, 1):
-        write_rank(run_path, rank, [0, 1], range(0, 8), table=table)
-    for attempt, resume_step, steps in ((1, 5, [8]), (2, 8, [9])):
-        about = {"resume_step": resume_step}
-        write_rank(run_path, 0, [0, 1], steps, attempt=attempt, about=about, table=table)
-    expected = open_run(run_path)
-    assert expected.activations.steps == [0, 1, 2, 3, 4, 9]
-    assert expected.rank(1).activations.steps == list(range(8))
-    assert_alike(exported(run_path), expected)
-
-
-@pytest.mark.parametrize(
-    "divisions",
-    [
-        [[[0, 3], [1, 2]]],  # Examples of its own on each rank.
-        [[[0, 1], [0, 1]]],  # The same ones.
-        [[[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]],  # Fewer ranks resume.
-        [[[0, 1, 2]], [[2, 0, 1]]],  # Another order.
-        [[[0, 1, 2]], [[0, 1, 9]]],  # Other examples.
-    ],
-    ids=["own", "same", "fewer", "order", "others"],
-)
-def test_ranks_are_exported_as_each_recorded(
-    run_path: Path, opened: Open, exported: Export, divisions: list[list[list[int]]]
-) -> None:
-    for attempt, division in enumerate(divisions):
-        about = {"resume_step": 20 * attempt, "world_size": len(division)}
-        steps = range(20 * attempt, 20 * attempt + 30, 10)
-        for rank, ids in enumerate(division):
-            write_rank(run_path, rank, ids, steps, attempt=attempt, about=about)
-    expected = opened(run_path)
-    assert assert_alike(exported(run_path), expected) > 12
-
-
-def test_records_of_other_examples_are_set_apart(run_path: Path, exported: Export) -> None:
-    import h5py
-
-    for attempt, ids in enumerate([[0, 1, 2], [5, 1, 0]]):
-        about = {"resume_step": 10 * attempt}
-        write_rank(run_path, 0, ids, [10 * attempt], attempt=attempt, about=about)
-    with h5py.File(exported(run_path).path) as file:
-        assert file["activations/probe/example"][:].tolist() == [5, 1, 0]
-        assert file["activations/probe/step"][:].tolist() == [10]
-        assert file["attempt0/activations/probe/example"][:].tolist() == [0, 1, 2]
-        assert file["attempt0/tables/probe/id"][:].tolist() == [0, 1, 2]
-
-
-def test_live_examples_are_exported(run_path: Path, exported: Export) -> None:
-    for rank in (0, 1):
-        writer = LogWriter(run_path, rank=rank, seal=False)
-        for step in range(3):
-            ids = np.arange(rank, 2 * step + 2, 2)
-            arrays = [
-                LogArray("id", ids, ("example",)),
-                LogArray("full", np.outer(ids, [1, 2]), ("example", "feature"), "fc"),
-            ]
-            writer.append("activations", "training", step, arrays)
-        writer.close()
-    assert assert_alike(exported(run_path), open_run(run_path)) == 18
-
-
-def test_one_rank_can_be_exported_alone(run_path: Path, tmp_path: Path) -> None:
-    for rank in (0, 1):
-        write_rank(run_path, rank, range(rank, 6, 2))
-    view = open_run(run_path).rank(1)
-    export_run(view, tmp_path / "out.h5")
-    assert assert_alike(open_run(tmp_path / "out.h5"), view) == 18
-
-
 def test_an_export_can_be_exported_again(tmp_path: Path) -> None:
     write_shape(tmp_path / "run", "resumed_attempts", 0)
     first, second, third = (tmp_path / f"{number}.h5" for number in range(3))
@@ -299,136 +186,23 @@ def test_an_export_can_be_exported_again(tmp_path: Path) -> None:
     assert open_run(second).steps() == open_run(first).steps()[-1:]
 
 
-def test_analyses_give_the_same(run_path: Path, exported: Export) -> None:
-    write_rank(run_path, 0, range(12))
-    run = exported(run_path)
-    one, two = (analysis.cka(r, layers=["fc", "head"]) for r in (run, open_run(run_path)))
-    assert one.values.tolist() == two.values.tolist()
-    assert analysis.cka(run, open_run(run_path), layers="fc").values.item() == pytest.approx(1)
-
-
-def test_a_run_that_is_recorded_is_exported_as_it_is_now(run_path: Path, exported: Export) -> None:
-    writer = LogWriter(run_path, seal=False)
-    for number in range(3):
-        writer.append("activations", "probe", number, record_of(number))
-    writer.flush()
-    run = exported(run_path)
-    assert assert_alike(run, open_run(run_path)) > 3
-    assert run.state == "interrupted"
-    writer.close()
-
-
-def test_a_journal_that_is_sealed_meanwhile_is_found_again(run_path: Path, tmp_path: Path) -> None:
-    write_records(run_path, range(20), segment_bytes=3000)
-    expected = open_run(run_path)
-    parts: list[str] = []
-
-    def seal_amid(part: str) -> None:
-        parts.append(part)
-        if len(parts) == 3:
-            assert seal_run(run_path)
-
-    export_run(open_run(run_path), tmp_path / "out.h5", on_part=seal_amid)
-    assert parts == [f"activations/probe, {number} of 5" for number in range(1, 6)]
-    assert_alike(open_run(tmp_path / "out.h5"), expected)
-
-
-def test_a_file_replaced_while_it_is_open_is_read_anew(run_path: Path, exported: Export) -> None:
+def test_a_file_replaced_while_it_is_open_is_read_anew(run_path: Path) -> None:
     write_records(run_path, range(3))
-    run = exported(run_path)
+    run = export_and_open(run_path)
     write_records(run_path, range(5), resume_step=2)
-    exported(run_path, compression="none")
+    export_and_open(run_path, compression="none")
     assert run.activations.array("loss", 1).item() == record_of(1)[3].values.item()
     assert run.activations.steps == [0, 1, 2, 3, 4]
 
 
-def test_nothing_is_left_open(run_path: Path, exported: Export) -> None:
+def test_nothing_is_left_open(run_path: Path) -> None:
     write_records(run_path, range(3))
     before = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
-    run = exported(run_path)
+    run = export_and_open(run_path)
     assert run.activations.array("loss", 1).item() == record_of(1)[3].values.item()
     assert run.activations.ids is not None
     after = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
     assert len(after) == len(before)
-
-
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"steps": [0, 7, -1]}, {"often": [0, 7, 9], "rarely": [0, 8]}),
-        ({"steps": [-10]}, {"often": [0]}),
-        ({"steps": slice(2, 9, 3)}, {"often": [2, 5, 8], "rarely": [2, 8]}),
-        ({"steps": slice(8, None)}, {"often": [8, 9], "rarely": [8]}),
-        ({"steps": slice(None, 3)}, {"often": [0, 1, 2], "rarely": [0, 2]}),
-        ({"steps": slice(7, 8)}, {"often": [7]}),
-        ({"measures": ["rarely"]}, {"rarely": [0, 2, 4, 6, 8]}),
-        ({"measures": ["rarely"], "steps": [4]}, {"rarely": [4]}),
-    ],
-)
-def test_chosen_steps_and_measures_are_exported(
-    run_path: Path, exported: Export, options: dict[str, Any], steps: dict[str, list[int]]
-) -> None:
-    writer = LogWriter(run_path, seal=False)
-    for step in range(10):
-        for measure in ("often", "rarely")[: 1 + (step % 2 == 0)]:
-            writer.append(measure, "probe", step, [LogArray("a", np.array(step), ())])
-    writer.close()
-    run = exported(run_path, **options)
-    assert {measure: run[measure].steps for measure in run.measures} == steps
-    assert all(run[m].stack("a").tolist() == steps[m] for m in steps)
-
-
-@pytest.mark.parametrize(
-    ("layers", "kept"),
-    [("conv1", ["conv1"]), (["h*", "rare"], ["head", "rare"]), (["rare"], ["rare"])],
-)
-def test_chosen_layers_are_exported_and_what_belongs_to_none(
-    run_path: Path, exported: Export, layers: str | list[str], kept: list[str]
-) -> None:
-    write_records(run_path, range(4))
-    writer = LogWriter(run_path, attempt=1, about={"resume_step": 4}, seal=False)
-    writer.append("predictions", "probe", 4, [LogArray("logits", np.ones(3), ("n",), "out")])
-    writer.close()
-    run = exported(run_path, layers=layers)
-    expected = open_run(run_path)
-    assert run.measures == ["activations"]
-    assert run.layers == kept
-    assert run.activations.fields() == ["ids", "loss"]
-    for step in range(4):
-        wanted = {
-            key: stream
-            for key, stream in expected.activations.describe(step).items()
-            if key[0] in (None, *kept)
-        }
-        assert run.activations.describe(step) == wanted
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"layers": "conv2"}, LayerNotFoundError, "run 'seed0' matches 'conv2'; .* 'conv1'.*head"),
-        ({"layers": []}, LayerNotFoundError, "no layers selected; layers: 'conv1', 'head'"),
-        (
-            {"steps": [0, 5]},
-            StepNotFoundError,
-            "of run 'seed0' has step 5; near it: 2, 3; rec.*0, 1",
-        ),
-        ({"steps": [-5]}, StepNotFoundError, "no measure of run 'seed0' has step -5; recorded"),
-        ({"steps": []}, InvalidInputError, "`steps` is empty"),
-        ({"steps": slice(4, 9)}, StepNotFoundError, "no step of run 'seed0' lies in 4:9; .*: 0, 1"),
-        ({"steps": slice(-2, None)}, InvalidInputError, r"`steps` \(=-2:\) takes steps by their"),
-        ({"steps": slice(0, 4, 0)}, InvalidInputError, r"\(=0:4:0\) .* a stride >= 1"),
-        ({"measures": ["loss"]}, MeasureNotFoundError, "no records of 'loss'; it has: activations"),
-        ({"compression": "lzma"}, InvalidInputError, "'lzma'.* must be 'zstd', 'gzip' or 'none'"),
-    ],
-)
-def test_what_matches_nothing_is_refused_and_leaves_no_file(
-    run_path: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    write_records(run_path, range(4))
-    with pytest.raises(error, match=message):
-        export_run(open_run(run_path), tmp_path / "out.h5", **options)
-    assert os.listdir(tmp_path) == ["seed0"]
 
 
 def test_a_file_that_is_there_is_kept_unless_told_otherwise(run_path: Path, tmp_path: Path) -> None:
@@ -447,10 +221,10 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(run_path: Path, tmp_
 
 
 def test_without_hdf5plugin_gzip_is_taken_and_zstd_refused(
-    run_path: Path, tmp_path: Path, exported: Export, monkeypatch: pytest.MonkeyPatch
+    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shape(tmp_path / "large", "large_arrays", 0)
-    by_default = exported(tmp_path / "large")
+    by_default = export_and_open(tmp_path / "large")
     assert b'"compression":"zstd"' in by_default.path.read_bytes()
     out = tmp_path / "other.h5"
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
@@ -527,3 +301,25 @@ def test_an_array_damaged_in_the_run_is_damaged_in_the_export(
                 assert run.activations.array(field, step, layer).tobytes() == values.tobytes()
     assert len(verify_run(tmp_path / "out.h5")) == 4
     assert str(run.damage[0]).startswith(f"attempt0-rank0/{segment.name}: '")
+
+
+def test_a_table_damaged_in_the_run_is_damaged_in_the_export(
+    run_path: Path, tmp_path: Path
+) -> None:
+    write_records(run_path, range(2))
+    seal_run(run_path)
+    segment = segment_of(run_path)
+    content = segment.read_bytes()
+    ids = (100 + np.arange(5)).tobytes()
+    position = content.index(ids)
+    overwrite(segment, content[:position] + b"x" + content[position + 1 :], 1)
+    with pytest.raises(DamageError, match="table 'id' does not match its checksum"):
+        open_run(run_path).activations.table("id")
+    with pytest.warns(SondeWarning, match="1 arrays of .* are damaged.*: table 'id' does not"):
+        export_run(open_run(run_path), tmp_path / "out.h5")
+    run = open_run(tmp_path / "out.h5")
+    with pytest.raises(DamageError, match=r"table 'id' does not match .* \(when the run was exp"):
+        run.activations.table("id")
+    assert run.activations.array("loss", 1).item() == record_of(1)[3].values.item()
+    (damage,) = verify_run(tmp_path / "out.h5")
+    assert damage.reason == "table 'id' does not match its checksum"
