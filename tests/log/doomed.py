@@ -1,29 +1,40 @@
 """Processes that are killed while they write or seal a log, and the records they write.
 
-Run as a script, so that a child needs neither pytest nor the tests package:
-`append RUN` appends until it is killed; `die-writing ROOT N` and `die-sealing ROOT N` fork a child
-for each of N × 3 states, which kills itself at one system call: before, amid or after it.
+Run as a module, so that a child needs no pytest: `append RUN SYNC` appends until it is killed, and
+`die` forks a child for each death it is told of, and says how that ended.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
+import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sonde.log import LogArray, LogWriter
 from sonde.log.layout import write_run_file
 
-FRACTIONS = (0.0, 0.5, 1.0)
+if TYPE_CHECKING:
+    from .deaths import Death
+
+PWritev = Callable[[int, Sequence[Any], int], int]
+
+NUM_RECORDS = 14
+SEGMENT_BYTES = 2_000
+LIMIT_SECONDS = 60
 
 
 @contextmanager
@@ -57,105 +68,179 @@ def record_of(number: int) -> list[LogArray]:
     return arrays
 
 
-def append_until_killed(run: Path) -> None:
+def failing_write(write: PWritev) -> PWritev:
+    """Return a write of which every fifth of the log fails, after half of it."""
+    turns = itertools.cycle((False, False, False, False, True))
+
+    def pwritev(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if threading.current_thread().name == "sonde-log" and next(turns):
+            whole = b"".join(buffers)
+            write(fd, [whole[: len(whole) // 2]], offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, buffers, offset)
+
+    return pwritev
+
+
+def append_until_killed(run: Path, sync: Any) -> None:
     """Append records for ever; print the number of each once it is committed."""
     write_run_file(run, {})
-    writer = LogWriter(run, segment_bytes=12_000)
+    writer = LogWriter(run, sync=sync, segment_bytes=12_000)
     for number in itertools.count():
         assert writer.append("activations", "probe", number, record_of(number))
         writer.flush()
         os.write(1, b"%d\n" % number)
+        time.sleep(0.002)  # A step of a training.
 
 
-def write_then_die(run: Path, call: int, fraction: float) -> None:
-    """Write ten records over three journals, and die at one call that reaches the disk."""
+class Sealer:
+    """The sealing process of a writer, forked and not started, which is quick.
+
+    It stands in for the `Popen` object of `Sealing`, its standard input included, and answers each
+    line once it has done what it says.
+    """
+
+    def __init__(self, run: Path, death: Death | None) -> None:
+        lines, self._lines = os.pipe()
+        self._answers, answers = os.pipe()
+        self._num_asked = 0
+        self.returncode: int | None = None
+        self.stdin = self
+        self.stderr = io.BytesIO()
+        self._pid = fork(lambda: self._seal(run, lines, answers, death))
+        os.close(lines)
+        os.close(answers)
+
+    def _seal(self, run: Path, lines: int, answers: int, death: Death | None) -> None:
+        from sonde.log.seal import seal_run
+        from sonde.log.sealing import END
+
+        from .deaths import arm
+
+        os.close(self._lines)
+        census = arm(death) if death is not None else {}
+        for line in os.fdopen(lines):
+            if int(line) == END:
+                break
+            seal_run(run, "attempt0-rank0", int(line))
+            os.write(answers, b".")
+        if death is not None:
+            (run / "census").write_text(json.dumps(census))
+
+    def write(self, line: bytes) -> None:
+        """Ask for something."""
+        os.write(self._lines, line)
+        self._num_asked += 1
+
+    def flush(self) -> None:
+        """Do nothing: every line was written."""
+
+    def close(self) -> None:
+        """Ask for nothing more."""
+        os.close(self._lines)
+
+    def catch_up(self) -> None:
+        """Wait until all that was asked for is done, or nothing will be."""
+        while self._num_asked and os.read(self._answers, 1):
+            self._num_asked -= 1
+
+    def poll(self) -> int | None:
+        """Say how it has ended, if it has."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until it has ended."""
+        self._wait(0)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def write(run: Path, death: Death) -> None:
+    """Write records over several journals, beside a sealer or alone."""
+    from sonde.log import appender
+    from sonde.log.sealing import Sealing
+
+    from .deaths import arm
+
     announced = os.open(run / "announced", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    is_sealed = death.act != "write"
+    dying_sealer = death if death.act == "seal beside a writer" else None
+    # Two, as a writer replaces one that has died.
+    sealers = [Sealer(run, d) for d in (dying_sealer, None) if is_sealed]
+    waiting: Iterator[Any] = iter(sealers)  # They stand in for Popen.
+    Sealing._new_process = lambda self: next(waiting)  # type: ignore[method-assign]  # for this process
+    appender._RETRIES_SECONDS = (0.0, 0.0, 0.0)
+    os.pwritev = failing_write(os.pwritev)  # type: ignore[assignment]  # takes what is passed
+    census = arm(death) if dying_sealer is None else None
     write_run_file(run, {})
-    countdown = itertools.count(call, -1)
-    write = os.pwritev
-
-    def pwritev(fd: int, buffers: list[memoryview[Any]], offset: int) -> int:
-        if next(countdown) == 0:
-            whole = b"".join(buffers)
-            write(fd, [whole[: int(len(whole) * fraction)]], offset)
-            _die()
-        return write(fd, buffers, offset)
-
-    os.pwritev = pwritev  # type: ignore[assignment]  # takes what the appender passes, no more
-    # What a process wrote outlives it without being forced to the disk, which takes long.
-    os.fsync = _dying(lambda fd: None, countdown, fraction)
-    writer = LogWriter(run, sync="record", segment_bytes=2_000, seal=False)
+    writer = LogWriter(run, sync=death.sync, segment_bytes=SEGMENT_BYTES, seal=is_sealed)
     writer.add_table("probe", [LogArray("id", np.arange(5), ("example",))])
-    for number in range(10):
+    for number in range(NUM_RECORDS):
         assert writer.append("activations", "probe", number, record_of(number))
         writer.flush()
         os.write(announced, b"%d\n" % number)
+        if number % 5 == 4:
+            writer.sync()
+            for sealer in sealers:
+                sealer.catch_up()
     writer.close()
+    if census is not None:
+        (run / "census").write_text(json.dumps(census))
 
 
-def seal_then_die(run: Path, call: int, fraction: float) -> None:
-    """Seal a copy of the run `whole` beside it, and die at one call that reaches the disk."""
-    import h5py
-
+def seal(run: Path, death: Death) -> None:
+    """Seal a copy of the run `whole` beside it."""
     from sonde.log.seal import seal_run
 
+    from .deaths import arm
+
     shutil.copytree(run.parent / "whole", run, dirs_exist_ok=True)
-    countdown = itertools.count(call, -1)
-    for home, name in (
-        (h5py.File, "close"),
-        (os, "pwritev"),
-        (os, "fsync"),
-        (Path, "replace"),
-        (Path, "unlink"),
-    ):
-        setattr(home, name, _dying(getattr(home, name), countdown, fraction))
+    census = arm(death)
     seal_run(run)
+    (run / "census").write_text(json.dumps(census))
 
 
-def _dying(
-    original: Callable[..., Any], countdown: itertools.count[int], fraction: float
-) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:  # whatever the original takes and returns
-        is_last = next(countdown) == 0
-        if is_last and fraction < 1:
-            _die()
-        result = original(*args, **kwargs)
-        if is_last:
-            _die()
-        return result
-
-    return call
+_errors = 2  # The file descriptor that children report errors to; it is closed once all have ended.
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def fork(act: Callable[[], None]) -> int:
+    """Do something in a child, under a limit of time."""
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        act()
+    except BaseException as error:
+        os.write(_errors, f"{error!r}\n".encode())
+        os._exit(1)
+    os._exit(0)
 
 
-def fork_each(root: Path, num_calls: int, act: Callable[[Path, int, float], None]) -> None:
-    """Fork a child for each state; print how many of them died at their call."""
-    num_killed = 0
-    for call, fraction in itertools.product(range(num_calls), FRACTIONS):
-        run = root / f"{call}-{fraction}"
-        run.mkdir()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                act(run, call, fraction)
-            except BaseException as error:
-                os.write(2, f"{run.name}: {error!r}\n".encode())
-                os._exit(1)
-            os._exit(0)
-        status = os.waitpid(pid, 0)[1]
-        num_killed += os.WIFSIGNALED(status)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            sys.exit(f"{run.name} failed")
-    print(num_killed)
+def die(run: Path, death: Death) -> dict[str, Any]:
+    """Let a child die, wait until it and its sealers have ended, and say how it did."""
+    global _errors
+    reading, _errors = os.pipe()
+    run.mkdir()
+    pid = fork(lambda: (seal if death.act == "seal" else write)(run, death))
+    os.close(_errors)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with os.fdopen(reading) as errors:
+        return {"status": status, "errors": errors.read()}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "append":
-        append_until_killed(Path(sys.argv[2]))
+        append_until_killed(Path(sys.argv[2]), sys.argv[3])
     else:
         import_module("sonde.log.seal")  # Loads h5py once, not in every child.
-        actions = {"die-writing": write_then_die, "die-sealing": seal_then_die}
-        fork_each(Path(sys.argv[2]), int(sys.argv[3]), actions[sys.argv[1]])
+        from .deaths import Death
+
+        for line in sys.stdin:
+            run_path, *death = json.loads(line)
+            print(json.dumps(die(Path(run_path), Death(*death))), flush=True)

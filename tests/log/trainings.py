@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from sonde.log.layout import RUN_FILE, write_run_file
 from sonde.log.seal import seal_run
 
 from .disk_model import Event, Tape
-from .doomed import record_of
+from .doomed import failing_write, record_of
 
 NUM_RECORDS = 12
 RUN = Path("runs", "seed0")
@@ -90,22 +87,6 @@ class SealingHere:
         self.catch_up()
 
 
-def break_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every fifth write of the log fail after half of it, so that the journal is cut back."""
-    write: Callable[[int, Sequence[Any], int], int] = os.pwritev
-    turns = itertools.cycle((False, False, False, False, True))
-
-    def pwritev(fd: int, buffers: Sequence[Any], offset: int) -> int:
-        if threading.current_thread().name == "sonde-log" and next(turns):
-            whole = b"".join(buffers)
-            write(fd, [whole[: len(whole) // 2]], offset)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "pwritev", pwritev)
-    monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
-
-
 def record_attempt(
     tape: Tape, run: Path, training: Training, attempt: int, numbers: range, step: int
 ) -> None:
@@ -140,7 +121,8 @@ def record(training: Training, root: Path) -> list[Event]:
     run = root / RUN
     with pytest.MonkeyPatch.context() as monkeypatch:
         if training.fails:
-            break_writes(monkeypatch)
+            monkeypatch.setattr(os, "pwritev", failing_write(os.pwritev))
+            monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
         tape = Tape(root, monkeypatch)
         monkeypatch.setattr("sonde.log.writer.Sealing", SealingHere)
         run.mkdir(parents=True)
