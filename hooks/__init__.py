@@ -2,6 +2,7 @@
 
 from .attach import attach
 from .examplegrads import ExampleGradientGrams, example_gradient_grams
+from .layer_list import Layer, Layers, layers
 from .measures import (
     Activations,
     DecisionPlanes,
@@ -25,6 +26,8 @@ __all__ = [
     "ExampleGradients",
     "Full",
     "Gram",
+    "Layer",
+    "Layers",
     "Measure",
     "Predictions",
     "Probe",
@@ -40,6 +43,7 @@ __all__ = [
     "epochs",
     "every",
     "example_gradient_grams",
+    "layers",
     "layers_of",
     "log_spaced",
     "select_layers",

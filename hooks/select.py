@@ -13,7 +13,7 @@ from torch import nn
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, UnsupportedModelError
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-"""A glob over layer names, a module type, or a predicate of name and module."""
+"""A glob over layer names, a module type, or a predicate of name and module; `-GLOB` excludes."""
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -49,25 +49,26 @@ def select_layers(
     Args:
         model: The model.
         selectors: Globs over canonical names (`layer*.conv?`), module types, or predicates of
-            (name, module). None takes every module without children.
+            (name, module). A glob behind `-` takes layers out again, whatever took them; where
+            nothing else is given, out of every module without children, which None takes, too.
 
     Raises:
-        LayerNotFoundError: If a selector takes nothing.
+        LayerNotFoundError: If a selector takes nothing, or all is taken out again.
         UnsupportedModelError: If the model runs without calling its modules.
     """
     layers = layers_of(model)
     if selectors is None:
-        return {
-            name: module for name, module in layers.items() if next(module.children(), None) is None
-        }
-    if isinstance(selectors, str | type) or callable(selectors):
+        selectors = []
+    elif isinstance(selectors, str | type) or callable(selectors):
         selectors = [selectors]
+    excluding = [s for s in selectors if isinstance(s, str) and s.startswith("-")]
     taken: set[str] = set()
-    for selector in selectors:
-        matches = {name for name, module in layers.items() if _takes(selector, name, module)}
-        if not matches:
-            raise LayerNotFoundError(_explain_empty(selector, layers))
-        taken |= matches
+    for selector in [s for s in selectors if s not in excluding] or [_is_leaf]:
+        taken |= _matches(selector, layers)
+    for exclusion in excluding:
+        taken -= _matches(exclusion[1:], layers)
+    if not taken:
+        raise LayerNotFoundError(f"{', '.join(excluding)} takes out every layer that was selected")
     return {name: module for name, module in layers.items() if name in taken}
 
 
@@ -100,6 +101,22 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
     yield name, module
     for child_name, child in module.named_children():
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _is_leaf(_: str, module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _matches(selector: Selector, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the layers a selector takes.
+
+    Raises:
+        LayerNotFoundError: If it takes nothing.
+    """
+    matches = {name for name, module in layers.items() if _takes(selector, name, module)}
+    if not matches:
+        raise LayerNotFoundError(_explain_empty(selector, layers))
+    return matches
 
 
 def _takes(selector: Selector, name: str, module: nn.Module) -> bool:

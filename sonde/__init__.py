@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         attach,
         epochs,
         every,
+        layers,
         log_spaced,
     )
     from sonde.log import Run, open_run
@@ -55,6 +56,7 @@ __all__ = [
     "every",
     "hooks",
     "integrations",
+    "layers",
     "log_spaced",
     "open_run",
 ]

@@ -138,7 +138,9 @@ class _Passes:
         for name, module in selected.items():
             if module not in self._called:
                 self._missing[name] = "it was never called in the forward pass"
-        shapes = {array.layer: self._shapes[array.layer] for array in arrays if array.layer}
+        shapes = {
+            array.layer: self._shapes[array.layer] for array in arrays if array.layer is not None
+        }
         return Recording(
             arrays, missing=self._missing, notes={"layers": {"feature_shapes": shapes}}
         )

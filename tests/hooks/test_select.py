@@ -47,6 +47,23 @@ def test_globs_types_and_predicates_add_up(model: nn.Module) -> None:
     assert list(taken) == ["0", "1", "2.first"]
 
 
+def test_a_minus_takes_layers_out_again(model: nn.Module) -> None:
+    assert list(select_layers(model, "-*.second")) == [
+        "0.first", "0.module", "1", "2.first", "2.module"
+    ]  # fmt: skip
+    assert list(select_layers(model, ["-0*", nn.Linear, nn.Tanh])) == ["1", "2.first", "2.second"]
+
+
+def test_an_exclusion_that_matches_nothing_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(LayerNotFoundError, match=r"no layer matches '0\.frist'; near: 0\.first"):
+        select_layers(model, ["-0.frist"])
+
+
+def test_an_exclusion_of_everything_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(LayerNotFoundError, match=r"-1, -\*first takes out every layer that was"):
+        select_layers(model, ["1", "*first", "-1", "-*first"])
+
+
 def test_a_compiled_model_keeps_its_names(model: nn.Module) -> None:
     assert list(layers_of(compiled(model))) == list(layers_of(model))
 
