@@ -23,9 +23,18 @@ from sonde.log import LogArray
 class Accumulator(ABC):
     """Takes the features of one layer, batch by batch, in the order of the examples."""
 
+    def start(self, first: int) -> None:  # noqa: B027 - most hold nothing between batches
+        """Begin another pass, whose next batch starts at this example."""
+
     @abstractmethod
-    def add(self, features: Tensor) -> None:
-        """Take the features of the next examples, [batch, …]."""
+    def add(self, features: Tensor, *, is_held: bool = True) -> None:
+        """Take the features of the next examples, [batch, …].
+
+        Args:
+            features: The features.
+            is_held: Hold what later batches of this pass need of them. Where a pass holds only some
+                batches, another one has to hold the others.
+        """
 
     @abstractmethod
     def result(self, layer: str) -> LogArray:
@@ -38,6 +47,10 @@ class Store(ABC):
     @abstractmethod
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator for one layer and one pass over `num_examples` examples."""
+
+    def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
+        """Return how many bytes of an example are held while later batches come."""
+        return 0
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -69,7 +82,15 @@ class Gram(Store):
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
-        return _GramAccumulator(num_examples, self.dtype)
+        return _GramAccumulator(self, num_examples)
+
+    def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
+        """Return how many bytes of an example are held while later batches come."""
+        return num_features * self.dtype_for(dtype).itemsize
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which features of a type are multiplied."""
+        return self.dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -152,33 +173,40 @@ def to_log_array(
 
 
 class _GramAccumulator(Accumulator):
-    def __init__(self, num_examples: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, store: Gram, num_examples: int) -> None:
+        self._store = store
         self._num_examples = num_examples
-        self._dtype = dtype
-        self._earlier: list[Tensor] = []
-        self._rows: list[Tensor] = []
+        self._gram: Tensor | None = None
+        self._held: list[tuple[slice, Tensor]] = []
+        self._next = 0
 
-    def add(self, features: Tensor) -> None:
+    def start(self, first: int) -> None:
+        self._held = []
+        self._next = first
+
+    def add(self, features: Tensor, *, is_held: bool = True) -> None:
         batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
-        dtype = self._dtype or (torch.float64 if batch.dtype == torch.float64 else torch.float32)
-        is_whole = len(batch) == self._num_examples
+        rows = slice(self._next, self._next + len(batch))
+        self._next = rows.stop
         # Later batches need these features again, and the model may overwrite them.
-        batch = batch.to(dtype) if is_whole else batch.to(dtype, copy=True)
-        self._earlier.append(batch)
-        self._rows.append(torch.cat([batch @ other.T for other in self._earlier], dim=1))
-        if is_whole:
-            self._earlier = []
+        is_needed = is_held and rows.stop < self._num_examples
+        batch = batch.to(self._store.dtype_for(batch.dtype), copy=is_needed)
+        if self._gram is None:
+            size = (self._num_examples, self._num_examples)
+            self._gram = torch.zeros(size, dtype=batch.dtype, device=batch.device)
+        for columns, other in self._held:
+            torch.mm(batch, other.T, out=self._gram[rows, columns])
+            self._gram[columns, rows] = self._gram[rows, columns].T
+        if is_held:
+            self._gram[rows, rows] = batch @ batch.T
+        if is_needed:
+            self._held.append((rows, batch))
+        if rows.stop == self._num_examples:
+            self._held = []
 
     def result(self, layer: str) -> LogArray:
-        sizes = [len(rows) for rows in self._rows]
-        gram = torch.zeros(sum(sizes), sum(sizes), dtype=self._rows[0].dtype)
-        start = 0
-        for size, rows in zip(sizes, self._rows, strict=True):
-            end = start + size
-            gram[start:end, :end] = rows.cpu()
-            gram[:start, start:end] = gram[start:end, :start].T
-            start = end
-        return LogArray("gram", gram.numpy(), ("example", "other_example"), layer)
+        assert self._gram is not None  # An accumulator is made for the first batch.
+        return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
 
 
 class _SketchAccumulator(Accumulator):
@@ -186,7 +214,7 @@ class _SketchAccumulator(Accumulator):
         self._store = store
         self._sketches: list[Tensor] = []
 
-    def add(self, features: Tensor) -> None:
+    def add(self, features: Tensor, *, is_held: bool = True) -> None:
         batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
         num_features = batch.shape[1]
@@ -204,7 +232,7 @@ class _FullAccumulator(Accumulator):
         self._store = store
         self._batches: list[Tensor] = []
 
-    def add(self, features: Tensor) -> None:
+    def add(self, features: Tensor, *, is_held: bool = True) -> None:
         kept = features.detach()
         if self._store.pool is not None and kept.ndim > 2:
             positions = kept.flatten(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sonde.exceptions import InvalidInputError
+from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers
@@ -29,7 +32,13 @@ class Activations(ProbeMeasure):
         probe: The examples.
         layers: Globs, module types or predicates; None takes every module without children.
         store: The form kept: `Gram()`, `Sketch(dim)` or `Full()`.
+        memory: How many bytes of features `Gram` may hold. With more examples than the probe's
+            `batch_size` it needs those of earlier batches again; what does not fit is held in
+            another pass over the probe.
         when: When it is due; None takes the recorder's schedule.
+
+    Raises:
+        InvalidInputError: If `memory` is below 1.
     """
 
     name = "activations"
@@ -40,12 +49,16 @@ class Activations(ProbeMeasure):
         layers: Selector | Sequence[Selector] | None = None,
         store: Store | None = None,
         *,
+        memory: int = 1 << 30,
         when: Schedule | None = None,
     ) -> None:
         super().__init__(probe, when=when)
+        if memory < 1:
+            raise InvalidInputError(f"`memory` (={memory}) must be >= 1, in bytes")
         self.layers = layers
         self.store = Gram() if store is None else store
-        self._batched: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+        self.memory = memory
+        self._held_bytes: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module) -> None:
         """Refuse selectors that take no layer.
@@ -64,55 +77,73 @@ class Activations(ProbeMeasure):
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""
         selected = select_layers(subject.model, self.layers)
-        with undisturbed(subject.model), torch.no_grad():
-            if subject.model not in self._batched:
-                self._batched[subject.model] = self._find_batched(subject.model, selected)
-            passes = _Passes(self.store, self.probe.num_examples, self._batched[subject.model])
-            for inputs, _ in self.probe.batches(device_of(subject.model)):
-                passes.start_batch(min(self.probe.batch_size, self.probe.num_examples))
-                with tapped(selected, passes.on_call):
-                    call(subject.model, inputs)
-        return passes.recording(selected)
+        model, probe = subject.model, self.probe
+        with undisturbed(model), torch.no_grad():
+            if model not in self._held_bytes:
+                self._held_bytes[model] = self._find_batched(model, selected)
+            starts = range(0, probe.num_examples, probe.batch_size)
+            sizes = [min(probe.batch_size, probe.num_examples - start) for start in starts]
+            outputs = _Outputs(self.store, probe.num_examples, set(self._held_bytes[model]))
+            for held in plan_passes(self._held_bytes[model], sizes, self.memory):
+                first = min((batches.start for batches in held.values()), default=0)
+                outputs.start_pass(held, starts[first])
+                for batch in range(first, len(starts)):
+                    outputs.start_batch(batch, sizes[batch])
+                    rows = slice(starts[batch], starts[batch] + sizes[batch])
+                    with tapped(selected, outputs.on_call):
+                        call(model, probe.rows(rows, device_of(model))[0])
+        return outputs.recording(selected)
 
-    def _find_batched(self, model: nn.Module, selected: dict[str, nn.Module]) -> set[str]:
-        """Return the outputs whose axis 0 is the batch: that has as many rows as a small batch.
+    def _find_batched(self, model: nn.Module, selected: dict[str, nn.Module]) -> dict[str, int]:
+        """Find the outputs whose axis 0 is the batch: that has as many rows as a small batch.
 
         In a full batch another axis may have the same size by chance, such as the time steps.
+
+        Returns:
+            What the store holds of an example of each, in bytes.
         """
         full = min(self.probe.batch_size, self.probe.num_examples)
         num_rows = 2 if full > 2 else 1
-        batched: set[str] = set()
+        held_bytes: dict[str, int] = {}
 
         def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
             for suffix, tensor in tensor_leaves(output):
                 if not tensor.is_nested and tensor.ndim and len(tensor) == num_rows:
-                    batched.add(f"{name}{suffix}")
+                    num_features = tensor.numel() // num_rows
+                    size = self.store.held_bytes(num_features, tensor.dtype)
+                    held_bytes[f"{name}{suffix}"] = size
 
         inputs, _ = self.probe.rows(slice(0, num_rows), device_of(model))
         with tapped(selected, on_call):
             call(model, inputs)
-        return batched
+        return held_bytes
 
 
-class _Passes:
-    """Collects the outputs of layers over the batches of a probe."""
+class _Outputs:
+    """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(self, store: Store, num_examples: int, batched: set[str]) -> None:
-        self._batched = batched
+    def __init__(self, store: Store, num_examples: int, known: set[str]) -> None:
         self._store = store
         self._num_examples = num_examples
+        self._known = known
+        self._held: Pass = {}
         self._accumulators: dict[str, Accumulator] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
         self._shapes: dict[str, list[int]] = {}
         self._missing: dict[str, str] = {}
         self._called: set[nn.Module] = set()
-        self._done = 0
-        self._batch = 0
 
-    def start_batch(self, batch_size: int) -> None:
-        """Start the next batch of the probe."""
-        self._done += self._batch
-        self._batch = min(batch_size, self._num_examples - self._done)
+    def start_pass(self, held: Pass, first: int) -> None:
+        """Start a pass that holds these batches of these outputs, and begins at an example."""
+        self._held = held
+        self._first = first
+        for accumulator in self._accumulators.values():
+            accumulator.start(first)
+
+    def start_batch(self, number: int, size: int) -> None:
+        """Start a batch of the probe."""
+        self._batch = number
+        self._size = size
 
     def on_call(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         """Take one output of a layer."""
@@ -151,18 +182,21 @@ class _Passes:
         if tensor.is_nested:
             self._missing[name] = "its output is a nested tensor"
             return
-        if tensor.ndim == 0 or len(tensor) != self._batch or name not in self._batched:
+        if tensor.ndim == 0 or len(tensor) != self._size or name not in self._known:
             self._missing[name] = (
-                f"axis 0 of its output {list(tensor.shape)} is not the batch of {self._batch}"
+                f"axis 0 of its output {list(tensor.shape)} is not the batch of {self._size}"
             )
             self._accumulators.pop(name, None)
             return
         if not tensor.is_floating_point():
             self._missing[name] = f"its output is {tensor.dtype}, not floating point"
             return
+        if name not in self._held:
+            return  # It is the turn of others.
         if name not in self._accumulators:
             self._accumulators[name] = self._store.accumulator(self._num_examples)
-            self._counts[name] = 0
+            self._accumulators[name].start(self._first)
             self._shapes[name] = list(tensor.shape[1:])
-        self._accumulators[name].add(tensor)
-        self._counts[name] += len(tensor)
+        is_held = self._batch in self._held[name]
+        self._accumulators[name].add(tensor, is_held=is_held)
+        self._counts[name] += len(tensor) * is_held

@@ -1,0 +1,46 @@
+"""Passes: how often a probe is run so that what must be held of it fits into memory.
+
+A Gram matrix over several batches takes the features of two batches at a time. A pass over the
+probe holds the features of some batches of some layers, and multiplies them with those of all later
+batches; all passes together hold every batch of every layer once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+Pass: TypeAlias = dict[str, range]
+"""The numbers of the batches that are held, by layer."""
+
+
+def plan_passes(
+    held_bytes: Mapping[str, int], batch_sizes: Sequence[int], memory: int
+) -> list[Pass]:
+    """Divide layers and batches into as few passes as a simple rule finds.
+
+    Layers are taken in order; one that does not fit any more is divided between its batches. What
+    belongs to the last batch is not held, as none comes after it.
+
+    Args:
+        held_bytes: What is held of one example of each layer, in bytes.
+        batch_sizes: The number of examples of each batch.
+        memory: How many bytes a pass may hold. A single batch of a layer is held whatever it takes.
+
+    Returns:
+        The passes, at least one.
+    """
+    passes: list[Pass] = [{}]
+    free = memory
+    for layer, num_bytes in held_bytes.items():
+        start = 0
+        for batch, size in enumerate(batch_sizes):
+            needed = num_bytes * size if batch < len(batch_sizes) - 1 else 0
+            if needed > max(free, 0) and free < memory:
+                if batch > start:
+                    passes[-1][layer] = range(start, batch)
+                passes.append({})
+                start, free = batch, memory
+            free -= needed
+        passes[-1][layer] = range(start, len(batch_sizes))
+    return passes

@@ -1,0 +1,84 @@
+"""Passes over a probe: every pair of batches once, within a budget of memory."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sonde
+from sonde.exceptions import InvalidInputError
+from sonde.hooks.passes import plan_passes
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 50), min_size=1),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 400),
+)
+def test_each_batch_of_each_layer_is_held_once_and_within_the_budget(
+    held_bytes: dict[str, int], sizes: list[int], memory: int
+) -> None:
+    passes = plan_passes(held_bytes, sizes, memory)
+    held = [(layer, batch) for p in passes for layer, batches in p.items() for batch in batches]
+    assert sorted(held) == sorted((layer, b) for layer in held_bytes for b in range(len(sizes)))
+    needed = [
+        [held_bytes[layer] * sizes[b] for layer in p for b in p[layer] if b < len(sizes) - 1]
+        for p in passes
+    ]
+    for amounts in needed:
+        assert sum(amounts) <= memory or len([amount for amount in amounts if amount]) == 1
+    # Two neighbouring passes would not have fitted into one.
+    for one, other in pairwise(needed):
+        assert sum(one) + next(amount for amount in other if amount) > memory
+
+
+def test_a_probe_of_one_batch_takes_one_pass() -> None:
+    assert plan_passes({"a": 1 << 40, "b": 1 << 40}, [256], 1) == [{"a": range(1), "b": range(1)}]
+
+
+class Counting(nn.Sequential):
+    """Counts the examples it has seen."""
+
+    num_seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_seen += len(x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("memory", "most_seen"), [(1 << 30, 50), (60_000, 150), (1, 3 * 5 * 50)])
+def test_grams_are_the_same_however_little_memory_there_is(
+    tmp_path: Path, memory: int, most_seen: int
+) -> None:
+    torch.manual_seed(0)
+    model = Counting(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 7))
+    images = torch.randn(50, 1, 8, 8)
+    probe = sonde.Probe(images, batch_size=11)
+    recorder = sonde.Recorder(tmp_path / "run", model, [sonde.Activations(probe, memory=memory)])
+    recorder.measure()
+    recorder.close()
+    # Two more are run to find the axis of the batch.
+    assert 50 <= model.num_seen - 2 <= most_seen
+    outputs, x = {}, images.double()
+    model.double()
+    for name, layer in model.named_children():
+        x = layer(x)
+        outputs[name] = x.flatten(1)
+    run = sonde.open_run(tmp_path / "run")
+    for name in ("1", "2", "3"):
+        gram = torch.tensor(run.activations[name].gram())
+        exact = outputs[name] @ outputs[name].T
+        torch.testing.assert_close(gram, exact.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_budget_below_one_byte_is_refused(images: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match=r"`memory` \(=0\) must be >= 1, in bytes"):
+        sonde.Activations(sonde.Probe(images), memory=0)
