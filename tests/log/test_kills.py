@@ -83,9 +83,9 @@ def executioner() -> Iterator[Executioner]:
 
 
 def drawn(deaths: list[Death], share: float, *, is_full: bool) -> list[Death]:
-    """Return all deaths, or a share of them drawn every day alike."""
+    """Return all deaths, or the first and a share of the others, drawn every day alike."""
     rng = random.Random(repr(deaths[0]))
-    return deaths if is_full else rng.sample(deaths, round(share * len(deaths)))
+    return deaths if is_full else [deaths[0], *rng.sample(deaths[1:], round(share * len(deaths)))]
 
 
 def survivors(
