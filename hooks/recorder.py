@@ -103,6 +103,7 @@ class Recorder:
         self._handles: list[Any] = []
         self._is_closed = False
         self._has_started = False
+        self._is_unstated = resume
         tables = {
             measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
             for measure in self._measures
@@ -119,7 +120,8 @@ class Recorder:
             rank=rank,
             about={
                 "world_size": num_ranks,
-                "resume_step": 0,
+                # Not known yet, until a checkpoint is loaded or the first step is counted.
+                "resume_step": None if resume else 0,
                 "started": _now(),
                 "hostname": about["hostname"],
             },
@@ -242,6 +244,7 @@ class Recorder:
         self.num_steps = state["num_steps"]
         self.num_epochs = state["num_epochs"]
         self._has_started = True
+        self._is_unstated = False
         self._writer.resume_at(self.num_steps + 1)
 
     def sync(self) -> None:
@@ -291,6 +294,9 @@ class Recorder:
     def _take(self, measure: Measure) -> None:
         if self._is_closed or self._done.get(measure) == self.num_steps:
             return
+        if self._is_unstated:
+            self._is_unstated = False
+            self._writer.resume_at(0)
         if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
             # A probe would be the first to run the model, and decide its initial weights.
             reason = "lazy layers have no parameters before the training's first forward pass"

@@ -14,6 +14,7 @@ from sonde.log.layout import (
     RUN_FILE,
     is_being_written,
     read_run_file,
+    sync_folder,
     write_run_file,
     writer_folders,
 )
@@ -117,6 +118,8 @@ def _delete_run(path: Path) -> None:
     (path / RUN_FILE).unlink()
     for _, _, folder in writer_folders(path):
         shutil.rmtree(folder)
+    # Or a power loss might leave old records under the new description.
+    sync_folder(path)
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -71,10 +71,11 @@ class WriterLog:
         """The step this attempt went on from; 0 for a training that started afresh.
 
         Where the attempt's own statement is missing, because it was killed before it could write
-        one or because it is damaged, this is the first step it recorded.
+        one or because it is damaged or lost, this is the first step it recorded.
         """
-        if self.about:
-            return int(self.about.get("resume_step") or 0)
+        stated = self.about.get("resume_step", 0)
+        if self.about and stated is not None:
+            return int(stated)
         parts = [part for parts in self.parts.values() for part in parts]
         return min((r.step for part in parts for r in part.records), default=sys.maxsize)
 
@@ -300,10 +301,12 @@ class _LogBuilder:
         log = self._log
         parts: dict[tuple[str, str], JournalPart] = {}
         start, end, is_damaged = first, first, False
+        # What a power loss left of a journal after its segment was whole is of no use.
+        is_sealed = any(begin == first and not span[-1] for begin, *span in self._spans)
         for item in journal.items:
             if isinstance(item, Damage):
                 # The tail of a live journal is a record on its way.
-                if not (item.is_tail and is_live):
+                if not (item.is_tail and is_live) and not is_sealed:
                     log.damage.append(item)
                     is_damaged = True
                 continue

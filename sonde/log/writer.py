@@ -185,8 +185,13 @@ class LogWriter:
         self._put(pack("note", step, {"event": event, **details}))
 
     def resume_at(self, step: int) -> None:
-        """Say at which step this attempt goes on: earlier ones count up to before it."""
+        """Say at which step this attempt goes on: earlier ones count up to before it.
+
+        This is forced to the disk: if it were lost, and what follows were not, the wrong records of
+        earlier attempts would count.
+        """
         self._put(pack("attempt", -1, {**self._attempt, "resume_step": step}, head=""))
+        self.sync()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything queued is committed, or dropped.

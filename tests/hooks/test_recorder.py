@@ -514,6 +514,27 @@ def test_an_attempt_that_recorded_nothing_supersedes_nothing(
     assert sonde.open_run(tmp_path / "run").steps() == [0, 2, 3, 4]
 
 
+def test_an_attempt_says_where_it_goes_on_as_soon_as_it_knows(
+    tmp_path: Path, images: Tensor, classes: Tensor
+) -> None:
+    def stated(*, load: bool = False, measure: bool = False) -> int | None:
+        recorder = sonde.Recorder(
+            tmp_path / "run", ConvNet(), everything(images, classes), resume=True
+        )
+        if load:
+            recorder.load_state_dict({"version": 1, "num_steps": 3, "num_epochs": 1})
+        if measure:
+            recorder.measure()
+        recorder.close()
+        step: int | None = sonde.open_run(tmp_path / "run").attempts[-1]["resume_step"]
+        return step
+
+    assert stated() is None
+    assert stated(measure=True) == 0
+    assert stated(load=True) == 4
+    assert stated(load=True, measure=True) == 4
+
+
 def test_other_examples_or_measures_are_not_mixed_into_a_run(
     tmp_path: Path, images: Tensor
 ) -> None:

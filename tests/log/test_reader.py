@@ -344,6 +344,23 @@ def test_damage_in_both_journal_and_segment_is_reported_once(
     assert len(open_run(run_path).damage) == 1
 
 
+def test_what_is_left_of_a_journal_whose_segment_is_whole_is_no_damage(
+    run_path: Path, tmp_path: Path
+) -> None:
+    write_records(run_path, range(6))
+    journal = journal_of(run_path)
+    content = bytearray(journal.read_bytes())
+    seal_run(run_path)
+    content[1000:1400] = bytes(400)
+    journal.write_bytes(content)
+    assert_intact(run_path, range(6))
+    assert open_run(run_path).damage == []
+    # Beside a segment that is damaged it may be all there is, so it counts.
+    segment = segment_of(run_path)
+    segment.write_bytes(segment.read_bytes()[:-10])
+    assert len(open_run(run_path).damage) == 2
+
+
 def test_copy_of_a_journal_adds_no_record(run_path: Path) -> None:
     write_records(run_path, range(3))
     journal = journal_of(run_path)

@@ -506,6 +506,13 @@ def test_attempt_that_started_afresh_hides_everything_before(run_path: Path) -> 
     assert open_run(run_path).attempts[1]["attempt"] == 1
 
 
+def test_attempt_that_lost_its_resume_step_hides_from_its_first_record_on(run_path: Path) -> None:
+    write_records(run_path, range(7))
+    write_records(run_path, range(5, 9), resume_step=None)
+    run = assert_intact_except_copies(run_path, range(9))
+    assert [about.get("resume_step", 0) for about in run.attempts] == [0, None]
+
+
 def test_attempt_whose_resume_step_is_damaged_hides_from_its_first_record_on(
     run_path: Path,
 ) -> None:

@@ -462,6 +462,18 @@ def test_sync_forces_every_journal_to_the_disk(
     writer.close()
 
 
+def test_the_step_an_attempt_resumes_at_is_forced_to_the_disk(
+    writer: LogWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert append(writer, 0)
+    writer.flush()
+    assert synced == []
+    writer.resume_at(5)
+    assert synced != []
+
+
 def test_sync_none_never_forces_anything(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(os, "fsync", calls.append)
