@@ -1,4 +1,4 @@
-"""Exported runs, and the comparison of two runs by all that their readers see."""
+"""Runs to export, and the comparison of two runs by all that their readers see."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import xarray
 
 from sonde.exceptions import SondeError
-from sonde.log import MeasureLog, Run, open_run
+from sonde.log import LogArray, LogWriter, MeasureLog, Run, open_run
 from sonde.log.export import export_run
 from sonde.log.verify import verify_run
 
-from .conftest import assert_identical
+from .conftest import assert_identical, new_run
 
 
 def export_and_open(path: Path, **options: Any) -> Run:
@@ -25,6 +25,24 @@ def export_and_open(path: Path, **options: Any) -> Run:
     assert export_run(open_run(path), out, overwrite=True, **options) == out
     assert verify_run(out) == []
     return open_run(out)
+
+
+def write_compressible(path: Path) -> Path:
+    """Record arrays in many chunks that compress, ragged and small ones among them."""
+    rng = np.random.default_rng(0)
+    writer = LogWriter(new_run(path), seal=False)
+    writer.add_table("probe", [LogArray("id", np.arange(32), ("example",))])
+    for step in range(40):
+        features = np.maximum(rng.normal(size=(32, 300)), 0).astype(np.float32)
+        arrays = [
+            LogArray("full", features, ("example", "feature"), "fc"),
+            LogArray("bits", features.view(np.uint16)[:, ::2], ("a", "b"), "fc", "bfloat16"),
+            LogArray("ragged", features.reshape(-1)[: 40 * step], ("element",)),
+            LogArray("loss", np.array(step / 3), ()),
+        ]
+        writer.append("activations", "probe", step, arrays[step % 3 == 1 :], {"step": step})
+    writer.close()
+    return path
 
 
 def assert_alike(actual: Run, expected: Run) -> int:

@@ -22,7 +22,7 @@ from sonde.log.export import export_run
 from sonde.log.seal import seal_run
 
 from .alike import assert_alike, export_and_open
-from .conftest import Open, write_records
+from .conftest import Open, frame_bounds, write_records
 from .doomed import record_of
 from .test_ranks import write_rank
 
@@ -53,6 +53,38 @@ def test_an_attempt_of_which_nothing_is_left_still_supersedes(run_path: Path) ->
     assert expected.activations.steps == [0, 1, 2, 3, 4, 9]
     assert expected.rank(1).activations.steps == list(range(8))
     assert_alike(export_and_open(run_path), expected)
+
+
+def test_what_supersedes_a_chosen_step_need_not_be_chosen(run_path: Path) -> None:
+    for rank in range(3):
+        write_rank(run_path, rank, range(rank, 6, 3), [0, 10, 20], about={"world_size": 3})
+    for rank in range(2):
+        about = {"resume_step": 20, "world_size": 2}
+        write_rank(run_path, rank, range(rank, 6, 2), [30], attempt=1, about=about)
+    assert open_run(run_path).activations.steps == [0, 10, 30]
+    run = export_and_open(run_path, steps=[10, 20])
+    assert run.activations.steps == [10]
+    assert run.rank(2).activations.steps == [10, 20]
+    assert run.notes == open_run(run_path).notes
+
+
+def test_where_an_attempt_resumed_is_kept_if_it_cannot_say_so(run_path: Path) -> None:
+    table = {"input_digest": "a"}
+    for rank in (0, 1):
+        write_rank(run_path, rank, [0, 1], [0, 10, 17, 20], table=table)
+    write_rank(run_path, 0, [0, 1], [15, 20, 30], attempt=1, table=table)
+    journal = run_path / "attempt1-rank0" / "000000000000.journal"
+    content = bytearray(journal.read_bytes())
+    content[frame_bounds(journal)[0][0]] ^= 1
+    journal.write_bytes(content)
+    expected = open_run(run_path)
+    assert [about.get("pid") for about in expected.attempts][-1] is None
+    assert expected.activations.steps == [0, 10, 15, 20, 30]
+    out = run_path.with_name("out.h5")
+    export_run(expected, out)
+    assert_alike(open_run(out), expected)
+    export_run(expected, out, overwrite=True, steps=[10, 17, 20, 30])
+    assert open_run(out).activations.steps == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
