@@ -13,9 +13,12 @@ from .console import working
 if TYPE_CHECKING:
     from sonde.log import Run
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory, or exported file.", show_default=False)
+]
 RunPaths = Annotated[
-    list[Path], typer.Argument(metavar="RUN", help="Run directories.", show_default=False)
+    list[Path],
+    typer.Argument(metavar="RUN", help="Run directories, or exported files.", show_default=False),
 ]
 Source = Annotated[
     str | None,

@@ -110,12 +110,7 @@ class Origin:
         self.ranks = sorted({rank for _, rank in self.writers})
         logs = list(self.writers.values())
         self.joined = join(logs)
-        self.of_rank = {
-            rank: join([log for log in logs if log.rank == rank])
-            if len(self.ranks) > 1
-            else self.joined
-            for rank in self.ranks
-        }
+        self.of_rank = {rank: join(logs, rank) for rank in self.ranks}
 
     def _list(self) -> None:
         """List what the files hold now."""

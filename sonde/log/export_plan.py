@@ -89,21 +89,17 @@ def plan_export(
 
 
 def _visible_records(origin: Origin, rank: int) -> dict[Key, list[Address]]:
-    """Return the records of a rank that some reader sees, in order of their steps.
+    """Return the records of a rank that a reader of it sees, in order of their steps.
 
-    A reader of the rank sees what no later attempt of that rank superseded, a reader of the run
-    what no later attempt of any rank did.
+    A reader of the run sees no others of that rank.
     """
-    visible: dict[Key, dict[tuple[int, int, int], Address]] = {}
-    for view in (origin.of_rank[rank], origin.joined):
-        for key, records in view.records.items():
-            for step, shares in records.items():
-                for share in shares:
-                    if share.writer.rank == rank:
-                        attempt, number = share.writer.attempt, share.record.sequence
-                        address = (attempt, rank, *key, number)
-                        visible.setdefault(key, {})[step, attempt, number] = address
-    return {key: [found[at] for at in sorted(found)] for key, found in visible.items()}
+    return {
+        key: [
+            (share.writer.attempt, rank, *key, share.record.sequence)
+            for _, (share,) in sorted(records.items())
+        ]
+        for key, records in origin.of_rank[rank].records.items()
+    }
 
 
 def _superseded(

@@ -173,7 +173,7 @@ class SegmentPart(Part):
     def streams(self, row: int) -> dict[StreamKey, StreamShape]:
         """Return the streams of one record, in the order they were recorded."""
         return {
-            key: StreamShape(stream.dtype, stream.dims, self._records.shape(stream, row))
+            key: StreamShape(stream.dtype, self.dims(row, key), self._records.shape(stream, row))
             for key, stream in self._records.streams.items()
             if self._records.has(row, stream)
         }
@@ -185,7 +185,11 @@ class SegmentPart(Part):
 
     def dims(self, row: int, key: StreamKey) -> tuple[str, ...]:
         """Return the names of the axes of one stream of one record."""
-        return self._records.streams[key].dims
+        stream = self._records.streams[key]
+        num_axes = len(self._records.shape(stream, row))
+        # A segment has one set of names for a stream, which suits most of its records.
+        fits = num_axes == len(stream.dims)
+        return stream.dims if fits else tuple(f"axis_{axis}" for axis in range(num_axes))
 
     def read(self, row: int, key: StreamKey) -> npt.NDArray[Any]:
         """Return one stream of one record."""

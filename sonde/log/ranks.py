@@ -60,7 +60,7 @@ class Joined:
     findings: list[dict[str, Any]]
 
 
-def join(writers: Sequence[WriterLog]) -> Joined:
+def join(writers: Sequence[WriterLog], rank: int | None = None) -> Joined:
     """Choose what counts among all that was recorded.
 
     An attempt that resumed at a step supersedes what earlier attempts recorded from there on, on
@@ -68,6 +68,7 @@ def join(writers: Sequence[WriterLog]) -> Joined:
 
     Args:
         writers: All writers of the run.
+        rank: Take only what this rank recorded.
     """
     found: dict[Key, dict[int, Shares]] = {}
     findings: list[dict[str, Any]] = []
@@ -80,9 +81,12 @@ def join(writers: Sequence[WriterLog]) -> Joined:
         for steps in found.values():
             for step in [step for step in steps if step >= resume_step]:
                 del steps[step]
-        findings += _missing_ranks(attempt, those)
-        for key in dict.fromkeys(key for writer in those for key in writer.parts):
-            shares = {w.rank: _latest(w, key) for w in those if key in w.parts}
+        findings = [f for finding in findings if (f := _before(finding, resume_step)) is not None]
+        taken = those if rank is None else [w for w in those if w.rank == rank]
+        if rank is None:
+            findings += _missing_ranks(attempt, those)
+        for key in dict.fromkeys(key for writer in taken for key in writer.parts):
+            shares = {w.rank: _latest(w, key) for w in taken if key in w.parts}
             found.setdefault(key, {}).update(_join_ranks(key, shares, findings))
     return Joined({key: dict(sorted(s.items())) for key, s in found.items() if s}, findings)
 
@@ -105,6 +109,14 @@ def merge_ids(parts: Iterable[Ids]) -> tuple[Ids, npt.NDArray[np.intp]]:
 def _resume_step(writers: Sequence[WriterLog]) -> int:
     stated = [writer.resume_step for writer in writers if writer.about]
     return min(stated or [writer.resume_step for writer in writers])
+
+
+def _before(finding: dict[str, Any], step: int) -> dict[str, Any] | None:
+    """Return what is left of a finding once its steps from one on are superseded."""
+    if "steps" not in finding:
+        return finding
+    steps = [at for at in finding["steps"] if at < step]
+    return {**finding, "step": steps[0], "steps": steps} if steps else None
 
 
 def _latest(writer: WriterLog, key: Key) -> dict[int, Share]:

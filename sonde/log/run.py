@@ -12,7 +12,7 @@ from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
 from .examples import Examples
 from .exported import ExportedRun
-from .frames import Damage
+from .frames import Damage, link_name
 from .layout import read_run_file
 from .measure_log import MeasureLog, count_text
 from .ranks import join
@@ -74,9 +74,9 @@ class Run:
 
     def refresh(self) -> None:
         """Take in what was recorded, sealed or damaged since the run was opened."""
-        rank = self._only_rank
-        self._writers = [w for w in self._index.read() if rank is None or w.rank == rank]
-        joined = join(self._writers)
+        writers, rank = self._index.read(), self._only_rank
+        joined = join(writers, rank)
+        self._writers = [w for w in writers if rank is None or w.rank == rank]
         self._records, self._findings = joined.records, joined.findings
         self._examples = {key: Examples(self.name, *key, r) for key, r in self._records.items()}
         self._logs = {key: MeasureLog(self, *key) for key in self._records}
@@ -137,7 +137,7 @@ class Run:
         return sorted({writer.rank for writer in self._writers})
 
     def rank(self, rank: int) -> Run:
-        """Return the run as one of its ranks recorded it.
+        """Return the run as one of its ranks recorded it, without what was superseded.
 
         Raises:
             InvalidInputError: If that rank recorded nothing.
@@ -174,8 +174,7 @@ class Run:
                 if event["kind"] in ("note", "gap"):
                     note = {name: event[name] for name in event if name not in ("kind", "sequence")}
                     notes.append({"event": event["kind"], **note, "rank": writer.rank})
-        if self._only_rank is None:
-            notes += self._findings
+        notes += self._findings
         return notes
 
     @property
@@ -277,7 +276,10 @@ class Run:
         for measure in measures or ():
             self._key(measure, self.sources(measure)[0] if self.sources(measure) else None)
         chosen = [log for log in self._logs.values() if not measures or log.measure in measures]
-        nodes = {f"/{log.measure}/{log.source}": dataset_of(log, layers, steps) for log in chosen}
+        nodes = {
+            f"/{link_name(log.measure)}/{link_name(log.source)}": dataset_of(log, layers, steps)
+            for log in chosen
+        }
         root = xarray.Dataset(attrs={"run": str(self.path), "state": self.state})
         return xarray.DataTree.from_dict({"/": root, **nodes}, name=self.name)
 

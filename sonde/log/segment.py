@@ -244,17 +244,16 @@ class SegmentRecords:
         return stream.column in self._present[self._present_of[row]]
 
     def shapes(self, stream: Stream) -> list[tuple[int, ...]]:
-        """Return the shape of a stream in each record; where it is absent, of no element."""
-        if stream.shape is not None:
-            return [stream.shape] * len(self.steps)
-        return [
-            tuple(size for size in sizes if size >= 0) if self.has(row, stream) else (0,)
-            for row, sizes in enumerate(self._shape_tables[stream.column].tolist())
-        ]
+        """Return the shape of a stream in each record."""
+        return [self.shape(stream, row) for row in range(len(self.steps))]
 
     def shape(self, stream: Stream, row: int) -> tuple[int, ...]:
-        """Return the shape of a stream in one record."""
-        return self.shapes(stream)[row] if stream.shape is None else stream.shape
+        """Return the shape of a stream in one record; where it is absent, of no element."""
+        if stream.shape is not None:
+            return stream.shape
+        if not self.has(row, stream):
+            return (0,)
+        return tuple(n for n in self._shape_tables[stream.column][row].tolist() if n >= 0)
 
     def num_bytes(self) -> int:
         """Return the size of all arrays of all records in bytes."""

@@ -301,6 +301,17 @@ def test_a_resume_on_fewer_ranks_supersedes_all_of_them(run_path: Path) -> None:
     assert [run.activations.ranks_at(step) for step in (10, 20)] == [[0, 1, 2, 3], [0, 1]]
 
 
+def test_what_a_rank_recorded_before_is_superseded_by_an_attempt_without_it(run_path: Path) -> None:
+    for rank in range(2):
+        write_rank(run_path, rank, range(rank, 4, 2), STEPS[: 3 - rank])
+    write_rank(run_path, 0, range(4), [20], attempt=1, about={"resume_step": 11})
+    run = open_run(run_path)
+    assert run.rank(1).activations.steps == [0, 10]
+    assert_holds(run, range(4))
+    # That rank 1 lacked step 20 is of no interest any more.
+    assert findings(run) == []
+
+
 def test_an_earlier_attempt_is_read_in_the_order_of_the_latest(run_path: Path) -> None:
     for rank in range(2):
         write_rank(run_path, rank, range(rank, 6, 2), [0, 10])

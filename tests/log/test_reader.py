@@ -185,6 +185,22 @@ def test_ragged_streams_come_back_whole(run_path: Path, opened: Open) -> None:
             assert log.describe(step)["fc", "bits"].shape == value.shape
 
 
+def test_stream_whose_number_of_axes_changes_comes_back_whole(run_path: Path, opened: Open) -> None:
+    writer = LogWriter(run_path, seal=False)
+    shapes = [(4,), (2, 3), (), (1, 2, 2)]
+    for step, shape in enumerate(shapes):
+        names = ("row", "column", "depth")[: len(shape)]
+        values = np.arange(np.prod(shape, dtype=int)).reshape(shape) + step
+        writer.append("m", "s", step, [LogArray("a", values, names, "fc")])
+    writer.close()
+    log = opened(run_path).m
+    for step, shape in enumerate(shapes):
+        expected = np.arange(np.prod(shape, dtype=int)).reshape(shape) + step
+        assert_identical(log.array("a", step, "fc"), expected)
+        assert log.describe(step)["fc", "a"].shape == shape
+        assert len(log.describe(step)["fc", "a"].dims) == len(shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stream_that_some_records_lack_comes_back_where_it_is(
     run_path: Path, opened: Open, dtype: str

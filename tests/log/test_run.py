@@ -601,6 +601,15 @@ def test_moved_run_reads_the_same(run_path: Path, tmp_path: Path) -> None:
     assert assert_intact(moved, range(6)).name == "moved"
 
 
+def test_tree_takes_measures_and_sources_of_any_name(run_path: Path) -> None:
+    writer = LogWriter(run_path, seal=False)
+    for measure, source in (("", ".."), ("a/b", "."), ("..", "")):
+        writer.append(measure, source, 0, [LogArray("a", np.array(1.0), ())])
+    writer.close()
+    tree = open_run(run_path).to_xarray()
+    assert {node.path for node in tree.leaves} == {"/%/%2E%2E", "/a%2Fb/%2E", "/%2E%2E/%"}
+
+
 def test_measures_with_awkward_names_are_reached_by_brackets(run_path: Path) -> None:
     writer = LogWriter(run_path, seal=False)
     for name in ("steps", "a b", "_x"):
