@@ -68,8 +68,8 @@ def export(
         sonde export runs/seed0 part.h5 --steps 0:1000:20 --overwrite
     """
     from sonde.log import open_run
-    from sonde.log.compression import choose_compression
     from sonde.log.export import export_run
+    from sonde.log.export.compression import choose_compression
 
     chosen = choose_compression(None if compression is None else compression.value)
     opened = open_run(run)

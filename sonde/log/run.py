@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
 from .examples import Examples
-from .exported import ExportedRun
+from .export.reader import ExportedRun
 from .frames import Damage, link_name
 from .layout import read_run_file
 from .measure_log import MeasureLog, count_text

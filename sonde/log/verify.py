@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sonde.exceptions import DamageError
 
-from .exported import verify_export
+from .export.reader import verify_export
 from .frames import Damage
 from .layout import read_run_file, segments, writer_folders
 from .reader import read_index

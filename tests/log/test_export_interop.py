@@ -15,8 +15,8 @@ import pytest
 import xarray
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log import export_writer as export_writer_module
 from sonde.log.export import export_run
+from sonde.log.export import writer as export_writer_module
 
 from .conftest import new_run
 from .test_export import COMPRESSIONS

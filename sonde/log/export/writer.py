@@ -20,14 +20,14 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError
+from sonde.log.frames import link_name, slot_checksum, storage_dtype, stream_name
+from sonde.log.hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
+from sonde.log.positioned import read_at
 
 from .compression import Compression, add_filter
-from .export_groups import Column, Group
-from .export_origin import Origin, TableContent, Writer
-from .frames import link_name, slot_checksum, storage_dtype, stream_name
-from .hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
+from .groups import Column, Group
+from .origin import Origin, TableContent, Writer
 from .output import Output
-from .positioned import read_at
 
 CHUNK_BYTES = 1 << 20
 # A stream as small as this is smaller without chunks, whose index alone takes 3 KiB.

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
+from sonde.log.frames import Damage
+from sonde.log.parts import Part, Record, StreamKey, StreamShape
+from sonde.log.positioned import READ_ONLY
+from sonde.log.ranks import ID
+from sonde.log.reader import Table, WriterLog
+from sonde.log.segment import Place, SegmentFile, checksum_between, identify, read_place
 
-from .export_file import read_metadata
-from .export_streams import ExportedGroup, ExportedStream
-from .frames import Damage
-from .parts import Part, Record, StreamKey, StreamShape
-from .positioned import READ_ONLY
-from .ranks import ID
-from .reader import Table, WriterLog
-from .segment import Place, SegmentFile, checksum_between, identify, read_place
+from .file import read_metadata
+from .streams import ExportedGroup, ExportedStream
 
 Array = npt.NDArray[Any]
 Facts = dict[str, Any]  # Any: JSON values.

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
+from sonde.log.frames import Damage, from_storage, slot_checksum, storage_dtype
+from sonde.log.parts import StreamKey
+from sonde.log.segment import Place, SegmentFile, read_place
 
 from .compression import Compression, decompress
-from .frames import Damage, from_storage, slot_checksum, storage_dtype
-from .parts import StreamKey
-from .segment import Place, SegmentFile, read_place
 
 _CACHE_BYTES = 32 << 20
 

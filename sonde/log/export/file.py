@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError, RunNotFoundError
-
-from .layout import RUN_FILE
-from .positioned import READ_ONLY, read_at
-from .segment import SegmentFile
+from sonde.log.layout import RUN_FILE
+from sonde.log.positioned import READ_ONLY, read_at
+from sonde.log.segment import SegmentFile
 
 EXPORT_VERSION = 1
 MARK = "sonde_export"

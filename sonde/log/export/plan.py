@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from sonde.exceptions import MeasureNotFoundError
+from sonde.log.frames import link_name
+from sonde.log.ranks import ID, Key
+from sonde.log.reader import WriterLog
+from sonde.log.selection import match_layers, match_steps
 
-from .export_groups import Group, group_records
-from .export_origin import Address, Origin, TableContent, Writer
-from .frames import link_name
-from .ranks import ID, Key
-from .reader import WriterLog
-from .selection import match_layers, match_steps
+from .groups import Group, group_records
+from .origin import Address, Origin, TableContent, Writer
 
 if TYPE_CHECKING:
-    from .run import Run
+    from sonde.log.run import Run
 
 _ROOT_NAMES = frozenset("metadata metadata_byte tables chunks chunk chunk_place".split())
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .export_origin import Address, Origin, TableContent
-from .parts import Part, StreamKey, StreamShape
-from .ranks import Key
+from sonde.log.parts import Part, StreamKey, StreamShape
+from sonde.log.ranks import Key
+
+from .origin import Address, Origin, TableContent
 
 
 class Column:

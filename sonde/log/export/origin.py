@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError, FormatError
-
-from .parts import Record, StreamKey
-from .ranks import join
+from sonde.log.parts import Record, StreamKey
+from sonde.log.ranks import join
 
 if TYPE_CHECKING:
-    from .run import Run
+    from sonde.log.run import Run
 
 Writer = tuple[int, int]
 """A writer is named by its attempt and its rank."""

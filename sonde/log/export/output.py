@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .positioned import read_at, write_at
+from sonde.log.positioned import read_at, write_at
 
 
 class Output:

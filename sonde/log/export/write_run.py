@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 import h5py
 
 from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
+from sonde.log.frames import Damage
+from sonde.log.layout import sync_folder
+from sonde.log.segment import checksum_between
 
 from .compression import Compression, choose_compression
-from .export_file import EXPORT_VERSION, MARK, encode_trailer
-from .export_origin import Origin, Writer
-from .export_plan import Places, Plan, plan_export
-from .export_writer import ExportWriter, Facts
-from .frames import Damage
-from .layout import sync_folder
+from .file import EXPORT_VERSION, MARK, encode_trailer
+from .origin import Origin, Writer
 from .output import Output
-from .segment import checksum_between
+from .plan import Places, Plan, plan_export
+from .writer import ExportWriter, Facts
 
 if TYPE_CHECKING:
-    from .run import Run
+    from sonde.log.run import Run
 
 
 def export_run(
