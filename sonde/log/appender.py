@@ -11,16 +11,19 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .folder import WriterFolder
 from .forcing import Forcing
 from .frames import Layout, encode_index, lay_out
 from .journal import Journal
+from .layout import journals, sync_folder
+from .losses import Lost, explain
 from .sealing import Sealing
 
 Sync = Literal["seal", "record", "none"]
@@ -54,36 +57,6 @@ class Pending:
         return len(self.index) + self.payload.nbytes
 
 
-@dataclass
-class _Lost:
-    """What was dropped since the last frame that was stored."""
-
-    num_records: int = 0
-    num_notes: int = 0
-    num_bytes: int = 0
-    first_step: int = -1
-    last_step: int = -1
-    reasons: set[str] = field(default_factory=set)
-
-    def add(self, other: _Lost) -> None:
-        self.num_records += other.num_records
-        self.num_notes += other.num_notes
-        self.num_bytes += other.num_bytes
-        steps = [step for step in (self.first_step, other.first_step) if step >= 0]
-        self.first_step = min(steps, default=-1)
-        self.last_step = max(self.last_step, other.last_step)
-        self.reasons |= other.reasons
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "num_records": self.num_records,
-            "num_notes": self.num_notes,
-            "num_bytes": self.num_bytes,
-            "last_step": self.last_step,
-            "reasons": sorted(self.reasons),
-        }
-
-
 class Appender:
     """Appends the frames of one writer; `store` and `finish` are called by one thread.
 
@@ -109,20 +82,23 @@ class Appender:
     ) -> None:
         self.forcing = Forcing(folder, every_record=sync == "record")
         self._problem: str | None = None
-        self._folder = folder
+        self._folder = WriterFolder(folder)
         self._heads = {"": attempt}
         self._sync = sync
         self._segment_bytes = segment_bytes
         self._sealing = sealing
         self._token = secrets.randbits(64)
         self._lock = threading.Lock()
-        self._lost = _Lost()
+        self._lost = Lost()
         self._is_degraded = False  # The last frame could not be stored.
         self._needs_journal = False  # The open one was deleted, or lacks one of the heads.
+        self._is_deleted = False  # The open one was.
+        self._has_leftover = False  # There may be one that was given up before it was begun.
         try:
             self._journal = self._open_journal(0)
         except OSError:
             self.forcing.close()
+            self._folder.close()
             raise
 
     @property
@@ -135,7 +111,7 @@ class Appender:
         is_record = kind == "record"
         with self._lock:
             self._lost.add(
-                _Lost(int(is_record), int(not is_record), num_bytes, step, step, {reason})
+                Lost(int(is_record), int(not is_record), num_bytes, step, step, {reason})
             )
             self._problem = problem
 
@@ -143,26 +119,34 @@ class Appender:
         """Append a frame, or drop it once no retry helps."""
         if pending.head is not None:
             self._heads[pending.head] = pending
+        error: Exception | None
         try:
-            problem = self._try_to_append(pending)
-        except Exception as error:  # A dead appender would block every flush for ever.
-            problem = f"{type(error).__name__}: {error}"
-        self._is_degraded = problem is not None
-        if problem is not None:
-            self._drop(pending, problem)
+            error = self._try_to_append(pending)
+        except Exception as unexpected:  # A dead appender would block every flush for ever.
+            error = unexpected
+        self._is_degraded = error is not None
+        if error is not None:
+            self._drop(pending, error)
+        elif pending.kind == "record" and self._journal.num_bytes >= self._segment_bytes:
+            # When no file can be created, the full journal takes the next record too.
+            with suppress(OSError, MemoryError):
+                self._open_next_journal()
 
     def finish(self) -> None:
         """Close the journal, and have it sealed."""
         self.forcing.close()
         if self._sync != "none":
             self.forcing.force()
-        self._journal.close()
+        with suppress(OSError):
+            self._remove_leftovers()
+        self._close(self._journal)
+        self._folder.close()
         if self._sealing is not None:
             self._sealing.start(self._journal.next_sequence)
 
-    def _try_to_append(self, pending: Pending) -> str | None:
+    def _try_to_append(self, pending: Pending) -> OSError | None:
         """Append a frame; return what is wrong if every try failed."""
-        problem = ""
+        failure = None
         # While the disk refuses everything, one try per record is enough.
         for pause in _RETRIES_SECONDS[: 1 if self._is_degraded else None]:
             time.sleep(pause)
@@ -172,37 +156,34 @@ class Appender:
                     self._needs_journal = False
                 self._report_lost()
                 self._append_to(self._journal, pending)
+                return None
             except OSError as error:
-                problem = f"{self._journal.path}: {error}"
-                if isinstance(error, FileNotFoundError):
-                    self._needs_journal = True
-                    self._problem = f"{error}; its records are lost, a new journal takes the next"
-                continue
-            if self._journal.num_bytes >= self._segment_bytes and pending.kind == "record":
-                # When no file can be created, the full journal takes the next record too.
-                with suppress(OSError):
-                    self._open_next_journal()
-            return None
-        return problem
+                failure = error
+                if isinstance(error, FileNotFoundError) and not self._needs_journal:
+                    self._needs_journal = self._is_deleted = True
+        return failure
 
     def _append_to(self, journal: Journal, pending: Pending) -> None:
         journal.append(pending.index, pending.layout, pending.payload, pending.step)
         self.forcing.appended(journal.path)
 
-    def _drop(self, pending: Pending, problem: str) -> None:
-        self.lose(
-            pending.kind,
-            pending.step,
-            pending.payload.nbytes,
-            problem,
-            f"the log cannot be written ({problem}); records are dropped until it can, what was "
-            "recorded before is intact",
-        )
+    def _drop(self, pending: Pending, error: Exception) -> None:
+        if not isinstance(error, OSError):
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        elif error.errno is None or error.filename is not None:  # It names the place itself.
+            reason = str(error)
+        else:
+            reason = f"{self._folder.path if self._needs_journal else self._journal.path}: {error}"
+        before = "what was recorded before is intact"
+        if self._is_deleted:
+            before = f"what was recorded before was deleted with {self._journal.path}"
+        problem = explain(reason, error, before)
+        self.lose(pending.kind, pending.step, pending.payload.nbytes, reason, problem)
         self._needs_journal |= pending.head is not None
 
     def _report_lost(self) -> None:
         with self._lock:
-            lost, self._lost = self._lost, _Lost()
+            lost, self._lost = self._lost, Lost()
         if not lost.reasons:
             return
         try:
@@ -213,22 +194,49 @@ class Appender:
             raise
 
     def _open_journal(self, first_sequence: int) -> Journal:
-        journal = Journal(self._folder, first_sequence, self._token)
+        journal = None
         try:
+            journal = Journal(self._folder.path, first_sequence, self._token)
             for head in self._heads.values():
                 self._append_to(journal, head)
-        except OSError:
-            journal.close()
-            journal.path.unlink(missing_ok=True)
+        except BaseException:
+            self._has_leftover = True
+            if journal is not None:
+                with suppress(OSError):
+                    journal.close()
+                journal.path.unlink(missing_ok=True)
             raise
         return journal
 
     def _open_next_journal(self) -> None:
         full = self._journal
+        if self._folder.restore():
+            self._is_deleted = True
+            if self._sync != "none":
+                sync_folder(self._folder.path.parent)
+        self._remove_leftovers()
         self._journal = self._open_journal(full.next_sequence)
-        full.close()
+        if self._is_deleted:
+            self._is_deleted = False
+            self._problem = f"{full.path} was deleted; its records are lost, a new journal goes on"
+        self._close(full)
         if self._sealing is not None:
             self._sealing.start(full.next_sequence)
+
+    def _remove_leftovers(self) -> None:
+        """Delete journals behind the open one, which hold nothing but heads."""
+        if self._has_leftover:
+            for _, path in journals(self._folder.path):
+                if path.name > self._journal.path.name:
+                    path.unlink(missing_ok=True)
+            self._has_leftover = False
+
+    def _close(self, journal: Journal) -> None:
+        try:
+            journal.close()
+        except OSError as error:
+            # A file system over a network may tell only now that it has no room.
+            self._problem = f"{journal.path} may lack what was written to it last: {error}"
 
 
 def pack(kind: str, step: int, body: Mapping[str, Any], head: str | None = None) -> Pending:
