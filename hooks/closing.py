@@ -31,9 +31,12 @@ _pid = os.getpid()
 def register(closable: Closable) -> None:
     """Close something at interpreter exit, and at SIGTERM where nobody handles that signal."""
     global _pid
-    if not _open:
-        atexit.register(_close_all, "exit", None)
+    if os.getpid() != _pid:  # What a forked child inherits is its parent's to close.
+        _open.clear()
         _pid = os.getpid()
+    if not _open:
+        atexit.unregister(_close_all)
+        atexit.register(_close_all, "exit", None)
     _open[id(closable)] = closable
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

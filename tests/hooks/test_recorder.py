@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -559,47 +556,3 @@ def test_a_state_that_cannot_be_loaded_is_refused(tmp_path: Path, images: Tensor
     with pytest.raises(InvalidInputError, match="recording has begun already"):
         recorder.load_state_dict(state)
     recorder.close()
-
-
-ENDINGS = {
-    "return": "",
-    "no reference": "del recorder; gc.collect()",
-    "SIGTERM while closing": (
-        "appender = recorder._writer._appender\n    store = appender.store\n"
-        "    appender.store = lambda pending: (time.sleep(0.1), store(pending))\n"
-        "    for _ in range(5): recorder.step()\n"
-        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "    recorder.close()"
-    ),
-    "exit": "sys.exit(3)",
-    "exception": "raise RuntimeError('the training failed')",
-    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)",
-    "SIGKILL": "recorder._writer.flush(); os.kill(os.getpid(), signal.SIGKILL)",
-}
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_records_outlive_every_ending(tmp_path: Path, ending: str) -> None:
-    script = f"""
-    import gc, os, signal, sys, threading, time
-    import torch, sonde
-    from torch import nn
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = sonde.attach(model, optimizer, {str(tmp_path / "run")!r},
-                            probe=sonde.Probe(torch.randn(6, 4)), when=sonde.every(1))
-    for _ in range(5):
-        model(torch.randn(2, 4)).sum().backward()
-        optimizer.step()
-    {ENDINGS[ending]}
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
-    )
-    codes = {"exit": 3, "exception": 1, "SIGTERM": -15, "SIGTERM while closing": -15, "SIGKILL": -9}
-    assert done.returncode == codes.get(ending, 0), done.stderr
-    run = sonde.open_run(tmp_path / "run")
-    last = 10 if ending == "SIGTERM while closing" else 5
-    assert run.steps("predictions") == list(range(last + 1))
-    assert run.state == ("interrupted" if ending == "SIGKILL" else "finished")
-    assert run.damage == []
