@@ -192,9 +192,13 @@ def slot_checksum(raw: bytes | memoryview) -> int:
 
 
 def link_name(name: str) -> str:
-    """Make a link name of any string: HDF5 forbids `/` and gives `.` a meaning of its own."""
+    """Make a link name of any string.
+
+    HDF5 forbids `/`, gives `.` a meaning of its own, and takes only what UTF-8 can encode.
+    """
     kept = "".join(
-        f"%{ord(char):02X}" if char in "%/:" or ord(char) < 32 else char for char in name
+        f"%{ord(char):02X}" if char in "%/:" or char < " " or "\ud800" <= char < "\ue000" else char
+        for char in name
     )
     return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(kept, kept)
 

@@ -163,8 +163,8 @@ def chunked(chunk: tuple[int, ...], dtype: str) -> h5py.h5p.PropDCID:
 
 
 def set_text(dataset: h5py.h5d.DatasetID, name: str, text: str) -> None:
-    """Write an attribute of text, in UTF-8."""
-    encoded = text.encode() or b"\0"
+    """Write an attribute of text, in UTF-8; what that cannot encode is written as its escape."""
+    encoded = text.encode(errors="backslashreplace") or b"\0"
     kind = h5py.h5t.C_S1.copy()
     kind.set_size(len(encoded))
     kind.set_cset(h5py.h5t.CSET_UTF8)

@@ -9,11 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from zlib_ng.zlib_ng import crc32
+
 from sonde.exceptions import FormatError, RunNotFoundError
 
 from .frames import FORMAT_VERSION
 
 RUN_FILE = "run.json"
+_CHECKSUM = "crc32"
 
 _WRITER = re.compile(r"attempt(\d+)-rank(\d+)")
 _JOURNAL = re.compile(r"(\d{12})\.journal")
@@ -149,7 +152,8 @@ def write_run_file(run: Path, description: dict[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    text = json.dumps({"format": FORMAT_VERSION, **description}, indent=1)
+    whole = {"format": FORMAT_VERSION, **description}
+    text = json.dumps({**whole, _CHECKSUM: _checksum(whole)}, indent=1)
     temporary = run / f".{RUN_FILE}.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -168,12 +172,13 @@ def read_run_file(run: Path) -> dict[str, Any]:
         FormatError: If the description cannot be read or is of a newer format.
     """
     try:
-        text = (run / RUN_FILE).read_text(encoding="utf-8")
+        content = (run / RUN_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise RunNotFoundError(_explain_no_run(run)) from None
     try:
-        description = json.loads(text)
+        description = dict(json.loads(content.decode()))
         version = int(description["format"])
+        checksum = description.pop(_CHECKSUM, None)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{run / RUN_FILE} is damaged: {error}") from error
     if version > FORMAT_VERSION:
@@ -181,7 +186,14 @@ def read_run_file(run: Path) -> dict[str, Any]:
             f"{run} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
             "Install a newer sonde."
         )
-    return dict(description)
+    if checksum != _checksum(description):
+        raise FormatError(f"{run / RUN_FILE} is damaged: it does not match its checksum")
+    return description
+
+
+def _checksum(description: dict[str, Any]) -> int:
+    """Return the checksum of a description, however it is laid out."""
+    return crc32(json.dumps(description, sort_keys=True).encode())
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -113,6 +113,8 @@ def flip(rng: random.Random, files: Sequence[LogFile]) -> Mutation:
     file = _choose(rng, files)
     content = bytearray(file.content)
     position = rng.randrange(len(content))
+    if rng.random() < 0.3:  # In a header, however small it is beside the arrays.
+        position = min(rng.choice(file.bounds) + rng.randrange(100), len(content) - 1)
     mask = 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
     content[position] ^= mask
     what = f"byte {position} of {file.path} ^ {mask:#x}"

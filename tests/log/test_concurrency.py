@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from sonde.log import reader as reader_module
 from sonde.log.layout import journals, segments
 from sonde.log.seal import seal_journal, seal_run
 from sonde.log.segment import Segment, SegmentFile
+from sonde.log.verify import verify_run
 
 from .conftest import assert_intact, frame_bounds, journals_of, segments_of, write_records
 from .doomed import record_of, time_limit
@@ -105,6 +107,48 @@ def test_a_reader_that_stops_does_not_hold_the_writer_up(
                     counts["readers stopped while a training writes"] += 1
         drain(writer)
     assert open_run(run_path).damage == []
+
+
+def test_a_reader_holds_no_lock_of_a_journal_at_any_of_its_calls(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    writer = LogWriter(run_path, seal=False, segment_bytes=3000)
+    for number in range(12):
+        writer.append("activations", "probe", number, record_of(number))
+    writer.flush()
+    seal_run(run_path, before=1)
+    listed = journals_of(run_path)
+    looks = []
+    os_open, os_pread = os.open, os.pread
+
+    def look() -> None:
+        for journal in listed:
+            fd = os_open(journal, os.O_RDONLY)
+            # As a sealer does it, but without waiting.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(fd)
+        looks.append(len(listed))
+
+    def open_and_look(path: Any, flags: int, mode: int = 0o777) -> int:  # any path os.open takes
+        fd = os_open(path, flags, mode)
+        look()
+        return fd
+
+    def read_and_look(fd: int, count: int, offset: int) -> bytes:
+        data = os_pread(fd, count, offset)
+        look()
+        return data
+
+    with monkeypatch.context() as looking:
+        looking.setattr(os, "open", open_and_look)
+        looking.setattr(os, "pread", read_and_look)
+        run = assert_intact(run_path, range(12))
+        run.refresh()
+        assert verify_run(run_path) == []
+    writer.close()
+    assert len(looks) > 100
+    assert len(listed) > 1
 
 
 def test_a_sealer_that_stays_ahead_does_not_keep_a_reader_from_ending(
