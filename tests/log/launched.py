@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def main(errors: Path) -> None:
     # As in a process that a shell has started in its foreground.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(LIMIT_SECONDS)
     scenario(*arguments)
 
