@@ -37,7 +37,7 @@ from .mutations import LogFile, Mutation, flip, load, splice
 from .shapes import SHAPES, RecordKey, Written, write_shape
 
 _LIMIT_BYTES = 1 << 30
-_LIMIT_SECONDS = 60
+_LIMIT_SECONDS = 20
 
 
 @dataclass(frozen=True)
