@@ -132,7 +132,7 @@ def test_full_disk_costs_what_did_not_fit_and_one_warning(
     assert all(reason in text for gap in gaps for text in gap["reasons"])
     outages = [set(range(6 + 25 * n, 26 + 25 * n)) for n in range(OUTAGES)]
     assert set(range(81)) - steps <= set.union(*outages)
-    assert all(outage - steps for outage in outages)
+    assert outages[0] - steps  # In the others, sealing may make room by what it deletes.
     assert (run.state, run.damage) == ("finished", [])
     assert journals_of(run_path) == []
     assert len(segments_of(run_path)) > 1
@@ -307,6 +307,7 @@ def test_sealing_that_failed_meanwhile_is_repeated_at_the_end(
     writer = LogWriter(run_path, segment_bytes=1)
     append(writer, 0)
     assert writer._sealing is not None
+    assert writer._sealing.problem is None
     say = Sealing._say
 
     def say_and_kill(self: Sealing, process: subprocess.Popen[bytes], number: int) -> None:
