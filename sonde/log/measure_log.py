@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import InvalidInputError, LayerNotFoundError, StepNotFoundError
+from sonde.exceptions import (
+    DamageError,
+    InvalidInputError,
+    LayerNotFoundError,
+    MeasureNotFoundError,
+    StepNotFoundError,
+)
 
 from .examples import Examples
 from .parts import Part, StreamKey, StreamShape
@@ -35,7 +41,13 @@ class MeasureLog:
 
     @property
     def _records(self) -> dict[int, Shares]:
-        return self.run._records[self.measure, self.source]
+        key = (self.measure, self.source)
+        if key not in self.run._records:
+            raise MeasureNotFoundError(
+                f"the records of '{self.measure}' of run {self.run.name!r} are not there any more: "
+                "they were deleted, damaged or superseded since the run was opened"
+            )
+        return self.run._records[key]
 
     @property
     def _examples(self) -> Examples:
@@ -263,7 +275,7 @@ class MeasureLog:
     def __repr__(self) -> str:
         return (
             f"<{self.measure} of {self.source!r} in run {self.run.name!r}: {len(self.steps)} "
-            f"records, {len(self.layers)} layers, {count_text(self.ids)} examples>"
+            f"records, {len(self.layers)} layers, {self._count_text()} examples>"
         )
 
     def _read_table(self, field: str) -> npt.NDArray[Any]:
@@ -289,9 +301,20 @@ class MeasureLog:
             )
         return fields
 
+    def _count_text(self) -> str:
+        """Return the number of examples as text."""
+        try:
+            return "–" if self.ids is None else str(len(self.ids))
+        except DamageError:
+            return "?"
+
+    def _shares(self, step: int) -> Shares:
+        """Return what counts of a step that was there when it was asked for."""
+        return self._records[self.resolve_step(step)]
+
     def _read(self, step: int, key: StreamKey) -> npt.NDArray[Any]:
         self._require(step, key)
-        records = [share.record for share in self._records[step]]
+        records = [share.record for share in self._shares(step)]
         arrays = [record.part.read(record.row, key) for record in records]
         return self._examples.join(step, arrays, self._dims(step, key))
 
@@ -310,15 +333,15 @@ class MeasureLog:
         return arrays
 
     def _only_part(self, step: int) -> Part | None:
-        shares = self._records[step]
+        shares = self._shares(step)
         return shares[0].record.part if len(shares) == 1 else None
 
     def _dims(self, step: int, key: StreamKey) -> tuple[str, ...]:
-        record = self._records[step][0].record
+        record = self._shares(step)[0].record
         return record.part.dims(record.row, key)
 
     def _require(self, step: int, key: StreamKey) -> None:
-        shares = self._records[step]
+        shares = self._shares(step)
         if _has(shares, key):
             return
         layer, field = key
@@ -383,8 +406,3 @@ def listing(items: Sequence[object], limit: int = 12) -> str:
     if len(texts) > limit:
         texts = [*texts[: limit - 3], f"… ({len(texts) - limit + 1} more)", *texts[-2:]]
     return ", ".join(texts) or "none"
-
-
-def count_text(ids: npt.NDArray[Any] | None) -> str:
-    """Return the number of examples as text."""
-    return str(len(ids)) if ids is not None else "–"

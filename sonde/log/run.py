@@ -14,7 +14,7 @@ from .examples import Examples
 from .export.reader import ExportedRun
 from .frames import Damage, link_name
 from .layout import read_run_file
-from .measure_log import MeasureLog, count_text
+from .measure_log import MeasureLog
 from .ranks import join
 from .reader import Index, Table
 
@@ -237,7 +237,7 @@ class Run:
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{log.measure}</td><td>{log.source}</td><td>{len(log.steps)}</td>"
-            f"<td>{len(log.layers)}</td><td>{count_text(log.ids)}</td></tr>"
+            f"<td>{len(log.layers)}</td><td>{log._count_text()}</td></tr>"
             for log in self._logs.values()
         )
         return (

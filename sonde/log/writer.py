@@ -161,8 +161,14 @@ class LogWriter:
             attributes: What else the table says of itself, as JSON values.
 
         Raises:
-            InvalidInputError: If an array cannot be stored.
+            InvalidInputError: If an array cannot be stored, or belongs to a layer.
         """
+        of_layer = next((array.layer for array in arrays if array.layer is not None), None)
+        if of_layer is not None:
+            raise InvalidInputError(
+                f"table '{name}' has an array of layer '{of_layer}'; a table describes a source, "
+                "so give its arrays without a layer"
+            )
         body = {"name": name, "attributes": dict(attributes or {})}
         layout = lay_out(arrays)
         payload = np.empty(layout.num_bytes, np.uint8)

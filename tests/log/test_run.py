@@ -601,6 +601,34 @@ def test_moved_run_reads_the_same(run_path: Path, tmp_path: Path) -> None:
     assert assert_intact(moved, range(6)).name == "moved"
 
 
+def test_records_that_are_gone_are_errors_that_say_so(run_path: Path, tmp_path: Path) -> None:
+    write_records(run_path, range(3))
+    seal_run(run_path)
+    log = open_run(run_path).activations
+    other = new_run(tmp_path / "other")
+    write_records(other, range(2))
+    seal_run(other)
+    segment = segments_of(run_path)[0]
+    segment.write_bytes(segments_of(other)[0].read_bytes())
+    with pytest.raises(StepNotFoundError, match="step 2 of 'activations' was not recorded"):
+        log.array("loss", 2)
+    segment.write_bytes(b"")
+    with pytest.raises(MeasureNotFoundError, match="of run 'seed0' are not there any more: they"):
+        log.array("loss", 1)
+
+
+def test_run_whose_ids_are_damaged_can_still_be_shown(run_path: Path) -> None:
+    write_records(run_path, range(3))
+    seal_run(run_path)
+    segment = segments_of(run_path)[0]
+    content, ids = segment.read_bytes(), (100 + np.arange(5)).tobytes()
+    assert ids in content
+    segment.write_bytes(content.replace(ids, bytes(len(ids))))
+    run = open_run(run_path)
+    assert "<td>?</td>" in run._repr_html_()
+    assert "? examples>" in repr(run.activations)
+
+
 def test_tree_takes_measures_and_sources_of_any_name(run_path: Path) -> None:
     writer = LogWriter(run_path, seal=False)
     for measure, source in (("", ".."), ("a/b", "."), ("..", "")):

@@ -530,6 +530,13 @@ def test_array_that_cannot_be_stored_leaves_the_writer_usable(
     assert_intact(run_path, [1])
 
 
+def test_table_refuses_arrays_of_layers(writer: LogWriter) -> None:
+    with pytest.raises(
+        InvalidInputError, match="table 'probe' has an array of layer 'fc'; a table"
+    ):
+        writer.add_table("probe", [LogArray("id", np.arange(3), ("example",), "fc")])
+
+
 @pytest.mark.parametrize("name", ["kind", "sequence"])
 def test_note_refuses_a_detail_the_log_uses_itself(writer: LogWriter, name: str) -> None:
     message = f"note 'odd' has a detail named '{name}', which the log uses itself; choose another"
