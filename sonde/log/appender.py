@@ -135,7 +135,7 @@ class Appender:
     def finish(self) -> None:
         """Close the journal, and have it sealed."""
         self.forcing.close()
-        if self._sync != "none":
+        if self._sync != "none" and self._folder.path.exists():
             self.forcing.force()
         with suppress(OSError):
             self._remove_leftovers()

@@ -59,6 +59,13 @@ class Forcing:
             with self._condition:
                 paths = list(self._unforced)
                 self._unforced.clear()
+            if paths and not self._folder.exists():
+                # The journal goes on where it is now; sealing it forces it there.
+                self.problem = (
+                    f"{self._folder} was moved or deleted: what is recorded is safe from the end "
+                    "of the process, not of the machine, until it is sealed"
+                )
+                return
             try:
                 for path in paths:
                     sync_file(path)  # It may be sealed, which forced it, and gone.

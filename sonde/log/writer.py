@@ -140,14 +140,19 @@ class LogWriter:
             "time": round(time.time(), 3),
             "attributes": dict(attributes or {}),
         }
-        layout = lay_out(arrays)
         if self._is_foreign():
             return False
-        payload = self._reserve(step, layout.num_bytes)
-        if payload is None:
+        try:
+            layout = lay_out(arrays)
+            index = encode_index("record", body, layout)
+            payload = self._reserve(step, layout.num_bytes)
+            if payload is None:
+                return False
+            fill_payload(payload, layout, arrays)
+        except MemoryError:
+            num_bytes = sum(array.values.nbytes for array in arrays)
+            self._lose_for_memory("record", step, num_bytes)
             return False
-        fill_payload(payload, layout, arrays)
-        index = encode_index("record", body, layout)
         return self._put(Pending("record", step, index, layout, payload))
 
     def add_table(
@@ -208,7 +213,7 @@ class LogWriter:
         if self._is_foreign():
             return True
         with self._condition:
-            is_written = self._condition.wait_for(lambda: self._queued_bytes == 0, timeout)
+            is_written = self._condition.wait_for(lambda: not self._queue, timeout)
         return is_written and self._appender.forcing.wait(timeout)
 
     def sync(self) -> None:
@@ -261,16 +266,15 @@ class LogWriter:
                 )
                 self._appender.lose("record", step, num_bytes, "the queue was full", problem)
                 return None
-            try:
-                return self._take_buffer(num_bytes)
-            except MemoryError:
-                problem = f"records are dropped: there is no memory for {num_bytes} bytes"
-                self._appender.lose("record", step, num_bytes, "the memory was full", problem)
-                return None
+            return self._take_buffer(num_bytes)
+
+    def _lose_for_memory(self, kind: str, step: int, num_bytes: int) -> None:
+        problem = f"records are dropped: there is no memory for {num_bytes} bytes"
+        self._appender.lose(kind, step, num_bytes, "the memory was full", problem)
 
     def _has_room(self, num_bytes: int) -> bool:
         # An empty queue takes any record, so one larger than the bound is not lost for ever.
-        return self._queued_bytes == 0 or self._queued_bytes + num_bytes <= self._queue_bytes
+        return not self._queue or self._queued_bytes + num_bytes <= self._queue_bytes
 
     def _put(self, pending: Pending) -> bool:
         if self._is_foreign():
@@ -278,8 +282,9 @@ class LogWriter:
         with self._condition:
             if self._is_closing:
                 return False
-            self._queue.append(pending)
+            # In this order, as a Ctrl-C may come between the two.
             self._queued_bytes += pending.num_bytes
+            self._queue.append(pending)
             self._condition.notify_all()
         return True
 

@@ -474,6 +474,32 @@ def test_the_step_an_attempt_resumes_at_is_forced_to_the_disk(
     assert synced != []
 
 
+def test_sync_of_a_run_that_was_moved_does_not_pretend(
+    run_path: Path, writer: LogWriter, tmp_path: Path
+) -> None:
+    append(writer, 0)
+    run_path.rename(tmp_path / "moved")
+    writer.sync()
+    assert writer.problem is not None
+    assert "was moved or deleted: what is recorded is safe from the end of the" in writer.problem
+
+
+@pytest.mark.parametrize("place", ["lay_out", "encode_index", "fill_payload"])
+def test_lack_of_memory_does_not_reach_the_training(
+    run_path: Path, writer: LogWriter, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"sonde.log.writer.{place}", fail)
+        assert not append(writer, 0)
+    assert append(writer, 1)
+    writer.close()
+    (note,) = assert_intact(run_path, [1]).notes
+    assert (note["num_records"], note["reasons"]) == (1, ["the memory was full"])
+
+
 def test_sync_none_never_forces_anything(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(os, "fsync", calls.append)
