@@ -271,17 +271,6 @@ def test_folder_that_takes_no_new_file_keeps_the_journal_growing(
     assert_intact(run_path, range(4))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_made_read_only_loses_nothing(run_path: Path) -> None:
-    writer = LogWriter(run_path, segment_bytes=1, seal=False)
-    writer.folder.chmod(0o500)
-    for number in range(3):
-        append(writer, number)
-    writer.close()
-    writer.folder.chmod(0o700)
-    assert_intact(run_path, range(3))
-
-
 def test_failed_start_leaves_nothing_that_blocks_the_next(
     run_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
