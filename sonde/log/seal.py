@@ -8,7 +8,9 @@ If anything fails on the way, the journal stays and reads the same.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -117,6 +119,9 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     damage = [vars(item) for item in scanned if isinstance(item, Damage)]
     segment = segment_path(journal.parent, first, end)
     temporary = segment.with_suffix(f".{os.getpid()}.tmp")
+    if shutil.disk_usage(journal.parent).free < os.fstat(file.fileno()).st_size:
+        # Where the disk fills up under it, libhdf5 may take the process along.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
     try:
         write_segment(temporary, file, frames, first, damage)
         temporary.replace(segment)
@@ -161,7 +166,7 @@ def main() -> None:
             if before == END:
                 break
             seal_run(arguments.run, arguments.follow, before)
-    except (SondeError, OSError) as error:
+    except (SondeError, OSError, RuntimeError) as error:  # libhdf5 raises the last one.
         sys.exit(f"sonde: {error}")
 
 

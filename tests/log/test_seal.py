@@ -162,6 +162,21 @@ def test_failed_sealing_leaves_the_journal_and_no_temporary_file(
     assert_intact(run_path, range(3))
 
 
+def test_journal_that_has_no_room_as_a_segment_is_left_alone(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(run_path, range(3))
+    num_bytes = journal_of(run_path).stat().st_size
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(run_path)._replace(free=num_bytes - 1)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OSError, match=r"No space left on device: '.*\.h5'"):
+            seal_run(run_path)
+    assert_intact(run_path, range(3))
+    assert len(list(journal_of(run_path).parent.iterdir())) == 1
+    assert seal_run(run_path)
+
+
 def test_damage_of_a_journal_is_still_reported_once_sealed(run_path: Path) -> None:
     write_records(run_path, range(5))
     journal = journal_of(run_path)
