@@ -29,6 +29,10 @@ from .sealing import Sealing
 Sync = Literal["seal", "record", "none"]
 
 _RETRIES_SECONDS = (0.0, 0.05, 0.25)
+# A segment costs by the stream, too; a few large records wait for others to share that.
+_FULL_BYTES = 64 << 20
+_FEW_FRAMES = 16
+_FEW_FULL_BYTES = 256 << 20
 
 
 @dataclass
@@ -64,7 +68,8 @@ class Appender:
         folder: The writer's folder.
         attempt: The frame every journal begins with.
         sync: When data is forced to the disk.
-        segment_bytes: A journal that has reached this size is closed and sealed.
+        segment_bytes: A journal that has reached this size is closed and sealed; by default 64 MiB,
+            or 256 MiB while it holds fewer than 16 frames.
         sealing: Seals closed journals; None leaves them as they are.
 
     Raises:
@@ -77,7 +82,7 @@ class Appender:
         attempt: Pending,
         *,
         sync: Sync,
-        segment_bytes: int,
+        segment_bytes: int | None,
         sealing: Sealing | None,
     ) -> None:
         self.forcing = Forcing(folder, every_record=sync == "record")
@@ -127,7 +132,7 @@ class Appender:
         self._is_degraded = error is not None
         if error is not None:
             self._drop(pending, error)
-        elif pending.kind == "record" and self._journal.num_bytes >= self._segment_bytes:
+        elif pending.kind == "record" and self._is_full():
             # When no file can be created, the full journal takes the next record too.
             with suppress(OSError, MemoryError):
                 self._open_next_journal()
@@ -166,6 +171,13 @@ class Appender:
     def _append_to(self, journal: Journal, pending: Pending) -> None:
         journal.append(pending.index, pending.layout, pending.payload, pending.step)
         self.forcing.appended(journal.path)
+
+    def _is_full(self) -> bool:
+        limit = self._segment_bytes
+        if limit is None:
+            has_few = self._journal.num_frames < _FEW_FRAMES
+            limit = _FEW_FULL_BYTES if has_few else _FULL_BYTES
+        return self._journal.num_bytes >= limit
 
     def _drop(self, pending: Pending, error: Exception) -> None:
         if not isinstance(error, OSError):

@@ -29,7 +29,7 @@ class Journal:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self.path, flags, 0o644)
         self._token = token
-        self.next_sequence = first_sequence
+        self._first_sequence = self.next_sequence = first_sequence
         self.num_bytes = 0
         try:
             self._write([memoryview(encode_file_header(token, first_sequence))])
@@ -37,6 +37,11 @@ class Journal:
             os.close(self._fd)
             self.path.unlink(missing_ok=True)
             raise
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames were appended."""
+        return self.next_sequence - self._first_sequence
 
     def append(
         self, index: bytes, layout: Layout, payload: npt.NDArray[np.uint8], step: int

@@ -42,7 +42,8 @@ class LogWriter:
         queue_bytes: How many bytes may wait to be written.
         wait_seconds: How long `append` waits for room in the queue before it drops a record.
         block: Wait for room without limit instead.
-        segment_bytes: A journal that has reached this size is closed and sealed.
+        segment_bytes: A journal that has reached this size is closed and sealed; by default 64 MiB,
+            or 256 MiB while it holds fewer than 16 frames.
         seal: Seal journals in another process; without it they stay as they are.
 
     Raises:
@@ -62,16 +63,14 @@ class LogWriter:
         queue_bytes: int = 256 << 20,
         wait_seconds: float = 5.0,
         block: bool = False,
-        segment_bytes: int = 64 << 20,
+        segment_bytes: int | None = None,
         seal: bool = True,
     ) -> None:
         if sync not in ("seal", "record", "none"):
             raise InvalidInputError(f"`sync` (={sync!r}) must be 'seal', 'record' or 'none'")
-        if queue_bytes < 1 or segment_bytes < 1:
-            raise InvalidInputError(
-                f"`queue_bytes` (={queue_bytes}) and `segment_bytes` (={segment_bytes}) "
-                "must be >= 1"
-            )
+        for name, value in (("queue_bytes", queue_bytes), ("segment_bytes", segment_bytes)):
+            if value is not None and value < 1:
+                raise InvalidInputError(f"`{name}` (={value}) must be >= 1")
         self.folder = writer_folder(run, attempt, rank)
         try:
             self.folder.mkdir(parents=True)
