@@ -164,12 +164,15 @@ class Full(Store):
 def to_log_array(
     values: Tensor, field: str, dims: tuple[str, ...], layer: str | None = None
 ) -> LogArray:
-    """Bring a tensor to the CPU as an array of the log; bfloat16 keeps its bits."""
+    """Bring a tensor that nobody changes any more to the CPU, as an array of the log.
+
+    bfloat16 keeps its bits.
+    """
     values = values.detach().cpu()
     if values.dtype == torch.bfloat16:
         bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
-        return LogArray(field, bits, dims, layer, dtype="bfloat16")
-    return LogArray(field, values.numpy(), dims, layer)
+        return LogArray(field, bits, dims, layer, dtype="bfloat16", is_owned=True)
+    return LogArray(field, values.numpy(), dims, layer, is_owned=True)
 
 
 class _GramAccumulator(Accumulator):

@@ -153,7 +153,7 @@ class DecisionPlanes(Measure):
         shape = (len(self._planes.triplet), self._resolution, self._resolution)
         labels = torch.cat(classes).numpy().reshape(shape)
         kind = np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.uint32
-        array = LogArray("labels", labels.astype(kind), ("triplet", "row", "column"))
+        array = LogArray("labels", labels.astype(kind), ("triplet", "row", "column"), is_owned=True)
         return Recording([array], {"digest": self._digest, "num_classes": num_classes})
 
     @cached_property

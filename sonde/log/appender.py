@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,8 @@ class Pending:
         step: The step it speaks of, or -1.
         index: Its index, encoded.
         layout: Where its arrays lie in the payload.
-        payload: The bytes of its arrays.
+        payload: The bytes of its arrays, in one piece or one by one.
+        buffer: What was lent to hold them, if anything was.
         head: A frame that every later journal repeats has a name here; a later one replaces it.
     """
 
@@ -52,13 +53,14 @@ class Pending:
     step: int
     index: bytes
     layout: Layout
-    payload: npt.NDArray[np.uint8]
+    payload: Sequence[memoryview]
+    buffer: npt.NDArray[np.uint8] | None = None
     head: str | None = None
 
     @property
     def num_bytes(self) -> int:
         """The memory it takes, in bytes."""
-        return len(self.index) + self.payload.nbytes
+        return len(self.index) + self.layout.num_bytes
 
 
 class Appender:
@@ -190,7 +192,7 @@ class Appender:
         if self._is_deleted:
             before = f"what was recorded before was deleted with {self._journal.path}"
         problem = explain(reason, error, before)
-        self.lose(pending.kind, pending.step, pending.payload.nbytes, reason, problem)
+        self.lose(pending.kind, pending.step, pending.layout.num_bytes, reason, problem)
         self._needs_journal |= pending.head is not None
 
     def _report_lost(self) -> None:
@@ -255,4 +257,4 @@ def pack(kind: str, step: int, body: Mapping[str, Any], head: str | None = None)
     """Make a frame without arrays."""
     layout = lay_out([])
     index = encode_index(kind, dict(body), layout)
-    return Pending(kind, step, index, layout, np.empty(0, np.uint8), head)
+    return Pending(kind, step, index, layout, [], head=head)

@@ -41,6 +41,7 @@ _FRAME_MAGIC = b"\x93SONDE\r\n"
 # magic; bytes of index, number of arrays; token, payload bytes, sequence, step; reserved, crc
 _FIXED = struct.Struct("<8sIIQQQqII")
 _CHUNK_BYTES = 4 << 20
+_LARGE_BYTES = 64 << 10
 
 _NUMPY_DTYPES = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
@@ -58,6 +59,7 @@ class LogArray:
         dims: One name per axis, such as `("example", "other_example")`.
         layer: The layer it belongs to, or None.
         dtype: The element type, when it is not the one of `values` (`bfloat16`).
+        is_owned: Nobody changes `values` any more, so that the log need not copy them.
     """
 
     field: str
@@ -65,6 +67,7 @@ class LogArray:
     dims: tuple[str, ...]
     layer: str | None = None
     dtype: str | None = None
+    is_owned: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,18 @@ def fill_payload(
     payload[end:] = 0
 
 
+def view_payload(layout: Layout, arrays: Sequence[LogArray]) -> list[memoryview] | None:
+    """Return the arrays themselves as a payload; None where they have to be copied.
+
+    Small ones are copied faster than they are written one by one.
+    """
+    if not layout.is_joinable or layout.num_bytes < _LARGE_BYTES * len(arrays):
+        return None
+    if not all(array.is_owned for array in arrays):
+        return None
+    return [array.values.reshape(-1).view(np.uint8).data for array in arrays]
+
+
 def encode_index(kind: str, body: dict[str, Any], layout: Layout) -> bytes:
     """Encode the index of a frame, two lines of JSON padded with spaces to 8 bytes."""
     head = json.dumps({"kind": kind, **body}, separators=(",", ":"))
@@ -306,19 +321,30 @@ def encode_index(kind: str, body: dict[str, Any], layout: Layout) -> bytes:
 def encode_header(
     index: bytes,
     layout: Layout,
-    payload: npt.NDArray[np.uint8],
+    payload: Sequence[memoryview],
     *,
     token: int,
     sequence: int,
     step: int,
 ) -> bytes:
-    """Encode all of a frame that stands before its payload."""
+    """Encode all of a frame that stands before its payload.
+
+    Args:
+        index: Its index, encoded.
+        layout: The arrays of the payload.
+        payload: The payload in one piece, or each of its arrays, none of which needs padding.
+        token: The journal's.
+        sequence: The number of the frame.
+        step: The step it speaks of, or -1.
+    """
     num_arrays = len(layout.entries)
     fixed = _FIXED.pack(
-        _FRAME_MAGIC, len(index), num_arrays, token, payload.nbytes, sequence, step, 0, 0
+        _FRAME_MAGIC, len(index), num_arrays, token, layout.num_bytes, sequence, step, 0, 0
     )[:-4]
-    whole = payload.data
-    checksums = [crc32(whole[start:end]) for start, end in layout.slots]
+    slots = payload
+    if len(payload) != num_arrays:
+        slots = [payload[0][start:end] for start, end in layout.slots]
+    checksums = [crc32(slot) for slot in slots]
     table = struct.pack(f"<{num_arrays}I", *checksums).ljust(_padded(4 * num_arrays), b"\0")
     rest = index + table
     return fixed + struct.pack("<I", crc32(rest, crc32(fixed))) + rest

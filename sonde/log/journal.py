@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from .frames import Layout, encode_file_header, encode_header
-from .positioned import write_at
+from .positioned import reserve, write_at
+
+_LARGE_BYTES = 1 << 20
 
 
 class Journal:
@@ -43,10 +43,8 @@ class Journal:
         """How many frames were appended."""
         return self.next_sequence - self._first_sequence
 
-    def append(
-        self, index: bytes, layout: Layout, payload: npt.NDArray[np.uint8], step: int
-    ) -> int:
-        """Append one frame and return its sequence number.
+    def append(self, index: bytes, layout: Layout, payload: Sequence[memoryview], step: int) -> int:
+        """Append one frame, as `encode_header` takes it, and return its sequence number.
 
         Raises:
             OSError: If the frame could not be written; the file is as it was before.
@@ -54,7 +52,9 @@ class Journal:
         header = encode_header(
             index, layout, payload, token=self._token, sequence=self.next_sequence, step=step
         )
-        self._write([memoryview(header), payload.data])
+        if layout.num_bytes >= _LARGE_BYTES:
+            reserve(self._fd, len(header) + layout.num_bytes, self.num_bytes)
+        self._write([memoryview(header), *payload])
         self.next_sequence += 1
         return self.next_sequence - 1
 

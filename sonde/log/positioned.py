@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterable
 
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 # How many buffers one call of the system takes.
 _MAX_BUFFERS = 1024
+
+# Python has only posix_fallocate, which changes the size, and may write zeros page by page.
+_fallocate = getattr(ctypes.CDLL(None), "fallocate", None) if sys.platform == "linux" else None
+_KEEP_SIZE = 1
+if _fallocate is not None:
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
 
 def read_at(fd: int, num_bytes: int, offset: int) -> bytes:
@@ -52,6 +60,15 @@ def write_at(fd: int, buffers: Iterable[memoryview], offset: int) -> int:
         if count:
             pending[-1] = pending[-1][count:]
     return offset
+
+
+def reserve(fd: int, num_bytes: int, offset: int) -> None:
+    """Set aside the blocks of a large write, which spares doing so page by page.
+
+    The size of the file stays. Where this does not work the write does it, or says why not.
+    """
+    if _fallocate is not None:
+        _fallocate(fd, _KEEP_SIZE, offset, num_bytes)
 
 
 def _read_once(fd: int, num_bytes: int, offset: int) -> bytes:

@@ -38,7 +38,7 @@ from .frames import (
     stream_name,
 )
 from .hdf5 import RESERVED_NAMES, NamedGroup, contiguous, offset_of, set_text
-from .positioned import read_at, write_at
+from .positioned import read_at, reserve, write_at
 from .segment import Stream, checksum_between, encode_streams, encode_trailer
 
 _ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
@@ -94,8 +94,7 @@ def write_segment(
         root.finish()
     with path.open("r+b") as out:
         num_bytes = out.seek(0, os.SEEK_END)
-        if hasattr(os, "posix_fallocate"):  # At once costs less than page by page.
-            os.posix_fallocate(out.fileno(), 0, num_bytes)
+        reserve(out.fileno(), num_bytes, 0)
         for group in groups:
             group.copy_arrays(out.fileno())
         stretches = [stretch for group in groups for stretch in group.stretches()]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sonde.exceptions import InvalidInputError, RunExistsError
 
 from .appender import Appender, Pending, Sync, pack
-from .frames import LogArray, encode_index, fill_payload, lay_out
+from .frames import LogArray, encode_index, fill_payload, lay_out, view_payload
 from .layout import lock_path, unlock, writer_folder
 from .sealing import Sealing
 
@@ -118,13 +118,14 @@ class LogWriter:
         arrays: Sequence[LogArray],
         attributes: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Copy one record and queue it for writing.
+        """Queue one record for writing, and copy what it does not own.
 
         Args:
             measure: What was measured.
             source: Where its examples come from.
             step: Completed optimizer steps.
-            arrays: The arrays; they may be changed again as soon as this returns.
+            arrays: The arrays; those that are not `is_owned` may be changed again as soon as this
+                returns.
             attributes: What else the record says of itself, as JSON values.
 
         Returns:
@@ -144,15 +145,19 @@ class LogWriter:
         try:
             layout = lay_out(arrays)
             index = encode_index("record", body, layout)
-            payload = self._reserve(step, layout.num_bytes)
-            if payload is None:
+            if not self._wait_for_room(step, layout.num_bytes):
                 return False
-            fill_payload(payload, layout, arrays)
+            buffer = None
+            payload = view_payload(layout, arrays)
+            if payload is None:
+                buffer = self._take_buffer(layout.num_bytes)
+                fill_payload(buffer, layout, arrays)
+                payload = [buffer.data]
         except MemoryError:
             num_bytes = sum(array.values.nbytes for array in arrays)
             self._lose_for_memory("record", step, num_bytes)
             return False
-        return self._put(Pending("record", step, index, layout, payload))
+        return self._put(Pending("record", step, index, layout, payload, buffer))
 
     def add_table(
         self, name: str, arrays: Sequence[LogArray], attributes: Mapping[str, Any] | None = None
@@ -178,7 +183,7 @@ class LogWriter:
         payload = np.empty(layout.num_bytes, np.uint8)
         fill_payload(payload, layout, arrays)
         index = encode_index("table", body, layout)
-        self._put(Pending("table", -1, index, layout, payload, head=f"table {name}"))
+        self._put(Pending("table", -1, index, layout, [payload.data], head=f"table {name}"))
 
     def note(self, event: str, step: int, **details: object) -> None:
         """Write an event into the log: something missing, switched off or found.
@@ -252,11 +257,11 @@ class LogWriter:
         # A forked child (a DataLoader worker) owns neither the thread nor the file position.
         return os.getpid() != self._pid
 
-    def _reserve(self, step: int, num_bytes: int) -> npt.NDArray[np.uint8] | None:
-        """Return a buffer for a record; None if it has to be dropped."""
+    def _wait_for_room(self, step: int, num_bytes: int) -> bool:
+        """Return once the queue has room for a record; False if it has to be dropped."""
         with self._condition:
             if self._is_closing:
-                return None
+                return False
             if not self._condition.wait_for(lambda: self._has_room(num_bytes), self._wait_seconds):
                 problem = (
                     f"records are dropped: {self._queued_bytes} bytes wait to be written and the "
@@ -264,8 +269,8 @@ class LogWriter:
                     "record less, or set `block=True` to wait instead"
                 )
                 self._appender.lose("record", step, num_bytes, "the queue was full", problem)
-                return None
-            return self._take_buffer(num_bytes)
+                return False
+            return True
 
     def _lose_for_memory(self, kind: str, step: int, num_bytes: int) -> None:
         problem = f"records are dropped: there is no memory for {num_bytes} bytes"
@@ -288,13 +293,14 @@ class LogWriter:
         return True
 
     def _take_buffer(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        for position, buffer in enumerate(self._pool):
-            if num_bytes <= buffer.nbytes <= 2 * num_bytes:
-                return self._pool.pop(position)[:num_bytes]
+        with self._condition:
+            for position, buffer in enumerate(self._pool):
+                if num_bytes <= buffer.nbytes <= 2 * num_bytes:
+                    return self._pool.pop(position)[:num_bytes]
         return np.empty(num_bytes, np.uint8)
 
-    def _give_back(self, payload: npt.NDArray[np.uint8]) -> None:
-        whole = payload if payload.base is None else payload.base
+    def _give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
+        whole = buffer if buffer.base is None else buffer.base
         pooled_bytes = sum(buffer.nbytes for buffer in self._pool)
         if isinstance(whole, np.ndarray) and pooled_bytes + whole.nbytes <= self._queue_bytes // 4:
             self._pool.append(whole)
@@ -310,7 +316,7 @@ class LogWriter:
             with self._condition:
                 self._queue.popleft()
                 self._queued_bytes -= pending.num_bytes
-                if pending.kind == "record":
-                    self._give_back(pending.payload)
+                if pending.buffer is not None:
+                    self._give_back(pending.buffer)
                 self._condition.notify_all()
         self._appender.finish()

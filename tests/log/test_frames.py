@@ -64,7 +64,9 @@ def test_journal_has_the_documented_bytes(tmp_path: Path) -> None:
     payload = np.empty(layout.num_bytes, np.uint8)
     fill_payload(payload, layout, arrays)
     journal = Journal(tmp_path, 7, token=0xABCD)
-    journal.append(encode_index("record", {"measure": "m"}, layout), layout, payload, step=12)
+    journal.append(
+        encode_index("record", {"measure": "m"}, layout), layout, [payload.data], step=12
+    )
     journal.close()
 
     head = b"SONDEJNL" + struct.pack("<IIQQI", 1, 0, 0xABCD, 7, 0)
@@ -172,7 +174,7 @@ def test_every_flipped_byte_of_a_tiny_journal_is_reported(tmp_path: Path) -> Non
         values = np.full(8, step, np.uint8)
         layout = lay_out([LogArray("a", values, ("n",))])
         index = encode_index("record", {"measure": "m", "source": "s"}, layout)
-        writer.append(index, layout, values, step)
+        writer.append(index, layout, [values.data], step)
     writer.close()
     content = writer.path.read_bytes()
     for position in range(len(content)):

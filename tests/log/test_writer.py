@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from sonde.exceptions import InvalidInputError, RunExistsError
@@ -111,6 +113,55 @@ def test_array_may_change_as_soon_as_append_returns(
     held.open()
     writer.close()
     assert open_run(run_path).activations.array("a").tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(1 << 16, dtype=np.float32).reshape(64, 1024),
+        np.arange(1 << 16, dtype=np.float32).reshape(64, 1024).T,
+        np.arange((1 << 18) + 1, dtype=np.uint8),
+        np.arange(1 << 16, dtype=">f8"),
+        np.ones((), np.float64),
+        np.empty((0, 3), np.float32),
+    ],
+    ids=["contiguous", "transposed", "odd", "big-endian", "scalar", "empty"],
+)
+def test_owned_arrays_are_stored_like_others(
+    run_path: Path, writer: LogWriter, values: npt.NDArray[Any]
+) -> None:
+    for step, is_owned in enumerate((True, False)):
+        arrays = [
+            LogArray("a", values, ("n",) * values.ndim, f"layer{i}", is_owned=is_owned)
+            for i in range(2)
+        ]
+        assert writer.append("activations", "probe", step, arrays)
+    writer.close()
+    content = journal_of(run_path).read_bytes()
+    owned, copied = [frame for frame in frames_of(journal_of(run_path)) if frame.kind == "record"]
+    np.testing.assert_array_equal(owned.checksums, copied.checksums)
+    places = [
+        slice(f.payload_offset, f.payload_offset + f.layout.num_bytes) for f in (owned, copied)
+    ]
+    assert content[places[0]] == content[places[1]]
+    run = open_run(run_path)
+    for layer in ("layer0", "layer1"):
+        for step in range(2):
+            found = run.activations[layer].array("a", step)
+            np.testing.assert_array_equal(found, values)
+
+
+def test_owned_arrays_are_not_copied(writer: LogWriter) -> None:
+    values = np.ones(8 << 20, np.uint8)
+    peaks = []
+    for is_owned in (True, False):
+        tracemalloc.start()
+        array = LogArray("a", values, ("n",), is_owned=is_owned)
+        writer.append("activations", "probe", int(is_owned), [array])
+        writer.flush()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] < 1 << 20 < values.nbytes < peaks[1]
 
 
 def test_reused_buffers_do_not_mix_records(run_path: Path, writer: LogWriter) -> None:
