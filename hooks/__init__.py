@@ -8,6 +8,7 @@ from .measures import (
     DecisionPlanes,
     ExampleGradients,
     Measure,
+    OutputGradients,
     Predictions,
     Recording,
     Scalars,
@@ -18,8 +19,10 @@ from .recorder import Recorder
 from .schedule import Schedule, at, epochs, every, log_spaced
 from .select import layers_of, select_layers
 from .stores import Full, Gram, Sketch, Store
+from .training import TRAINING, Training
 
 __all__ = [
+    "TRAINING",
     "Activations",
     "DecisionPlanes",
     "ExampleGradientGrams",
@@ -29,6 +32,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Measure",
+    "OutputGradients",
     "Predictions",
     "Probe",
     "Recorder",
@@ -38,6 +42,7 @@ __all__ = [
     "Sketch",
     "Store",
     "Subject",
+    "Training",
     "at",
     "attach",
     "epochs",

@@ -156,7 +156,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in modes:
             module.training = False
         random_states.seed()
-        with torch.autocast(device_of(model).type, enabled=False), _eager(), _layer_by_layer():
+        with torch.autocast(device_of(model).type, enabled=False), run_eagerly(), _layer_by_layer():
             yield
     finally:
         random_states.restore()
@@ -171,7 +171,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     tensor.data.copy_(copy)
 
 
-def _eager() -> AbstractContextManager[Any]:
+def run_eagerly() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly: a compiled graph has no hooks, and stays as it is."""
     # Dynamo takes seconds to import, and where it is not imported nothing is compiled.
     if "torch._dynamo" not in sys.modules:

@@ -26,11 +26,13 @@ from sonde.log.appender import Sync
 
 from . import closing
 from .environment import describe_model, environment, process_rank
+from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
 from .sources import check_names, name_probes
+from .training import Batch, BatchContext, make_batch
 
 
 class Recorder:
@@ -104,6 +106,8 @@ class Recorder:
         self._is_closed = False
         self._has_started = False
         self._is_unstated = resume
+        trainings = [m.training for m in self._measures if m.training is not None]
+        self._live = LiveMeasures(self._subject, trainings[0]) if trainings else None
         tables = {
             measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
             for measure in self._measures
@@ -133,6 +137,7 @@ class Recorder:
         for source, (table, about_source) in tables.items():
             if table:
                 self._writer.add_table(source, table, about_source)
+        self._begin_live(0)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Recorder:
         """Count the steps of an optimizer, and measure after those that are due.
@@ -158,6 +163,8 @@ class Recorder:
             )
 
         def before(*_: object) -> None:
+            if self._live is not None and self._live.has_gradients:
+                self._finish_live()
             if not self._has_started:
                 self._has_started = True
                 self._measure_due(0)
@@ -174,6 +181,7 @@ class Recorder:
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
+        self._finish_live()
         if not self._has_started:
             self._warn_of_missed_start()
             self._has_started = True
@@ -183,6 +191,7 @@ class Recorder:
             self.num_epochs += 1
             epoch = self.num_epochs
         self._measure_due(self.num_steps, epoch)
+        self._begin_live(self.num_steps, epoch)
 
     def epoch(self) -> None:
         """Say that an epoch has ended; not needed where `steps_per_epoch` is given."""
@@ -190,6 +199,7 @@ class Recorder:
             return
         self.num_epochs += 1
         self._measure_due(self.num_steps, self.num_epochs)
+        self._begin_live(self.num_steps, self.num_epochs)
 
     def log(self, **values: Any) -> None:
         """Note the latest value of scalars, such as the loss; `Scalars` records them when due.
@@ -205,9 +215,47 @@ class Recorder:
             )
 
     def measure(self) -> None:
-        """Take every measure now, whether it is due or not."""
+        """Take every measure now, whether it is due or not, but those of the training itself."""
         for measure in list(self._measures):
-            self._take(measure)
+            if measure.training is None:
+                self._take(measure)
+
+    def batch(
+        self,
+        ids: Any = None,
+        targets: Any = None,
+        loss: torch.Tensor | None = None,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> BatchContext:
+        """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
+
+        Call it between the forward pass and the backward pass; or put both into it, as in
+        `with recorder.batch(ids=ids):`, and give the loss by another call inside. Without it,
+        examples are known by their order of arrival alone, and gradients are recorded as they come
+        back. Where nothing is due it does nothing.
+
+        Args:
+            ids: One integer per example, the same in every epoch and on every rank.
+            targets: One target per example, to be recorded with them.
+            loss: The loss of this micro-batch, a tensor with one element on the way to what
+                `backward` is called on. What multiplies it there is divided out of gradients.
+            reduction: How it is made of the losses of the examples: their `mean` or `sum`.
+
+        Returns:
+            A context manager; it need not be used as one.
+        """
+        step = None if self._live is None else self._live.step
+        batch = Batch()
+        if step is not None:
+            try:
+                batch = make_batch(ids, targets, loss, reduction)
+            except Exception as error:
+                if self._on_error == "raise":
+                    raise
+                self._warn(f"recorder.batch() is ignored: {error}", once="batch")
+                step, loss = None, None
+        return BatchContext(step, batch, loss)
 
     def state_dict(self) -> dict[str, int]:
         """Return what a checkpoint has to hold for the recording to go on from it.
@@ -245,7 +293,10 @@ class Recorder:
         self.num_epochs = state["num_epochs"]
         self._has_started = True
         self._is_unstated = False
+        if self._live is not None:
+            self._live.stop()  # Of step 0, before it was known where this goes on.
         self._writer.resume_at(self.num_steps + 1)
+        self._begin_live(self.num_steps)
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
@@ -262,6 +313,8 @@ class Recorder:
             self._writer.close(reason, timeout)  # Only waits.
             return
         self._is_closed = True
+        if self._live is not None:
+            self._live.stop()
         for handle in self._handles:
             handle.remove()
         self._report_idle_schedules()
@@ -288,15 +341,45 @@ class Recorder:
         if self._is_closed:
             return
         for measure in list(self._measures):
-            if (measure.when or self._when).is_due(step, epoch):
+            if measure.training is None and (measure.when or self._when).is_due(step, epoch):
                 self._take(measure)
+
+    def _begin_live(self, step: int, epoch: int | None = None) -> None:
+        """Observe the training between this step and the next, if that is due."""
+        if self._live is None or self._is_closed:
+            return
+        due = [
+            measure
+            for measure in self._measures
+            if measure.training is not None and (measure.when or self._when).is_due(step, epoch)
+        ]
+        for measure, error in self._live.begin(due).items():
+            self._fail(measure, error)
+
+    def _finish_live(self) -> None:
+        """Record what was seen of the training since the last step."""
+        if self._live is None or self._live.step is None or self._is_closed:
+            return
+        self._state_start()
+        for measure, seen in self._live.finish().items():
+            self._done[measure] = self.num_steps
+            try:
+                if isinstance(seen, Exception):
+                    raise seen
+                self._write(measure, seen)
+            except Exception as error:
+                self._fail(measure, error)
+        self._warn_of_writer()
+
+    def _state_start(self) -> None:
+        if self._is_unstated:
+            self._is_unstated = False
+            self._writer.resume_at(0)
 
     def _take(self, measure: Measure) -> None:
         if self._is_closed or self._done.get(measure) == self.num_steps:
             return
-        if self._is_unstated:
-            self._is_unstated = False
-            self._writer.resume_at(0)
+        self._state_start()
         if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
             # A probe would be the first to run the model, and decide its initial weights.
             reason = "lazy layers have no parameters before the training's first forward pass"
@@ -308,9 +391,7 @@ class Recorder:
             recording = measure.record(self._subject)
             self._write(measure, recording)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
-            if self._on_error == "raise":
-                raise
-            self._switch_off(measure, error)
+            self._fail(measure, error)
         self._warn_of_writer()
 
     def _write(self, measure: Measure, recording: Recording) -> None:
@@ -347,7 +428,10 @@ class Recorder:
                 recording.attributes,
             )
 
-    def _switch_off(self, measure: Measure, error: Exception) -> None:
+    def _fail(self, measure: Measure, error: Exception) -> None:
+        """Switch a measure off; or raise what is wrong, to debug it."""
+        if self._on_error == "raise":
+            raise error
         self._measures.remove(measure)
         reason = f"{type(error).__name__}: {error}"
         self._writer.note(
@@ -366,7 +450,9 @@ class Recorder:
         missed = [
             measure.name
             for measure in self._measures
-            if (measure.when or self._when).is_due(0, None) and measure not in self._done
+            if measure.training is None
+            and (measure.when or self._when).is_due(0, None)
+            and measure not in self._done
         ]
         if missed and not self._is_closed:
             reason = (

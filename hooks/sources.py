@@ -30,6 +30,12 @@ def check_names(measures: Sequence[Measure]) -> None:
     Raises:
         InvalidInputError: If a measure is given twice for one source, or two sources share a name.
     """
+    trainings = {measure.training for measure in measures if measure.training is not None}
+    if len(trainings) > 1:
+        raise InvalidInputError(
+            f"the training is given in several ways: {', '.join(map(str, trainings))}; "
+            "give the same to all measures"
+        )
     sources: dict[str, Probe | None] = {}
     seen: set[tuple[str, str]] = set()
     for measure in measures:

@@ -7,7 +7,9 @@ of the model may change the tensor in place.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -53,8 +55,43 @@ class Store(ABC):
         return 0
 
     @abstractmethod
+    def part(self, features: Tensor, *, is_held: bool) -> Part:
+        """Reduce the features of some examples, [batch, …], to what is kept of them.
+
+        Args:
+            features: The features.
+            is_held: Keep what joining them with other parts takes.
+        """
+
+    @abstractmethod
+    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+        """Return what is recorded of a layer, from all its parts in the order of the examples.
+
+        Raises:
+            InvalidInputError: If they cannot be joined.
+        """
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a store keeps of some examples of a layer.
+
+    Attributes:
+        values: What it records of them.
+        features: Their features, where other parts need them; [batch, features].
+    """
+
+    values: Tensor
+    features: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory its features take."""
+        return 0 if self.features is None else self.features.nbytes
 
 
 @dataclass(frozen=True)
@@ -92,6 +129,38 @@ class Gram(Store):
         """Return the type in which features of a type are multiplied."""
         return self.dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
+    def part(self, features: Tensor, *, is_held: bool) -> Part:
+        """Return the matrix of some examples, and a copy of their features where that is held."""
+        batch = _as_matrix(features)
+        batch = batch.to(self.dtype_for(batch.dtype), copy=is_held)
+        return Part(batch @ batch.T, batch if is_held else None)
+
+    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+        """Return the matrix of all examples.
+
+        Raises:
+            InvalidInputError: If features of a part are not held, or their number differs.
+        """
+        features = [part.features for part in parts if part.features is not None]
+        if len(features) < len(parts) > 1:
+            raise InvalidInputError(
+                f"the features of its {len(parts)} micro-batches take more memory than `memory` "
+                "allows; raise it, or use store=Sketch() or Full()"
+            )
+        sizes = [len(part.values) for part in parts]
+        ends = list(itertools.accumulate(sizes))
+        rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        gram = parts[0].values
+        if len(parts) > 1:
+            _check_widths([part.shape[1] for part in features])
+            gram = gram.new_zeros(ends[-1], ends[-1])
+        for i, part in enumerate(parts if len(parts) > 1 else []):
+            gram[rows[i], rows[i]] = part.values
+            for j, other in enumerate(features[:i]):
+                gram[rows[i], rows[j]] = features[i] @ other.T
+                gram[rows[j], rows[i]] = gram[rows[i], rows[j]].T
+        return to_log_array(gram, "gram", ("example", "other_example"), layer)
+
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
         return {"kind": "gram", "dtype": _dtype_name(self.dtype)}
@@ -123,7 +192,21 @@ class Sketch(Store):
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
-        return _SketchAccumulator(self)
+        return _RowsAccumulator(self)
+
+    def part(self, features: Tensor, *, is_held: bool) -> Part:
+        """Return the sketches of some examples."""
+        batch = _as_matrix(features)
+        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        bucket, sign = _projection(batch.shape[1], self.dim, self.seed)
+        signed = (batch.to(dtype) * sign.to(batch.device, dtype)).T
+        sums = torch.zeros(self.dim, len(batch), dtype=dtype, device=batch.device)
+        return Part(sums.index_add_(0, bucket.to(batch.device), signed).T.cpu())
+
+    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+        """Return the sketches of all examples."""
+        sketches = torch.cat([part.values for part in parts])
+        return to_log_array(sketches, "sketch", ("example", "sketch"), layer)
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -154,7 +237,26 @@ class Full(Store):
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator that holds the features of the examples so far."""
-        return _FullAccumulator(self)
+        return _RowsAccumulator(self)
+
+    def part(self, features: Tensor, *, is_held: bool) -> Part:
+        """Return a copy of the features of some examples."""
+        kept = features.detach()
+        if self.pool is not None and kept.ndim > 2:
+            positions = kept.flatten(2)
+            kept = positions.mean(2) if self.pool == "mean" else positions.amax(2)
+        kept = _as_matrix(kept)
+        return Part(kept.to("cpu", self.dtype or kept.dtype, copy=True))
+
+    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+        """Return the features of all examples.
+
+        Raises:
+            InvalidInputError: If their number differs.
+        """
+        _check_widths([part.values.shape[1] for part in parts])
+        features = torch.cat([part.values for part in parts])
+        return to_log_array(features, "full", ("example", f"feature_{features.shape[1]}"), layer)
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -188,7 +290,7 @@ class _GramAccumulator(Accumulator):
         self._next = first
 
     def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
+        batch = _as_matrix(features)
         rows = slice(self._next, self._next + len(batch))
         self._next = rows.stop
         # Later batches need these features again, and the model may overwrite them.
@@ -212,40 +314,28 @@ class _GramAccumulator(Accumulator):
         return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
 
 
-class _SketchAccumulator(Accumulator):
-    def __init__(self, store: Sketch) -> None:
+class _RowsAccumulator(Accumulator):
+    """Takes rows of examples, which only have to be put one behind the other."""
+
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._sketches: list[Tensor] = []
+        self._parts: list[Part] = []
 
     def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        batch = features.detach().flatten(1) if features.ndim > 1 else features.detach()[:, None]
-        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        num_features = batch.shape[1]
-        bucket, sign = _projection(num_features, self._store.dim, self._store.seed)
-        signed = (batch.to(dtype) * sign.to(batch.device, dtype)).T
-        sums = torch.zeros(self._store.dim, len(batch), dtype=dtype, device=batch.device)
-        self._sketches.append(sums.index_add_(0, bucket.to(batch.device), signed).T.cpu())
+        self._parts.append(self._store.part(features, is_held=False))
 
     def result(self, layer: str) -> LogArray:
-        return to_log_array(torch.cat(self._sketches), "sketch", ("example", "sketch"), layer)
+        return self._store.join(self._parts, layer)
 
 
-class _FullAccumulator(Accumulator):
-    def __init__(self, store: Full) -> None:
-        self._store = store
-        self._batches: list[Tensor] = []
+def _as_matrix(features: Tensor) -> Tensor:
+    values = features.detach()
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
-    def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        kept = features.detach()
-        if self._store.pool is not None and kept.ndim > 2:
-            positions = kept.flatten(2)
-            kept = positions.mean(2) if self._store.pool == "mean" else positions.amax(2)
-        kept = kept.flatten(1) if kept.ndim > 1 else kept[:, None]
-        self._batches.append(kept.to("cpu", self._store.dtype or kept.dtype, copy=True))
 
-    def result(self, layer: str) -> LogArray:
-        features = torch.cat(self._batches)
-        return to_log_array(features, "full", ("example", f"feature_{features.shape[1]}"), layer)
+def _check_widths(widths: Sequence[int]) -> None:
+    if len(set(widths)) > 1:
+        raise InvalidInputError(f"its number of features differs between batches: {set(widths)}")
 
 
 @lru_cache(maxsize=32)

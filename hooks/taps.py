@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -17,6 +19,10 @@ OnCall: TypeAlias = Callable[[str, nn.Module, Any, Any], Any]
 
 What it returns, unless it is None, replaces the output.
 """
+
+_REDUCE = "__reduce_ex__"
+# All tables of hooks share their keys, and note some of them in further tables.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_with_kwargs", "_always_called")
 
 
 @contextmanager
@@ -47,15 +53,91 @@ def tapped(
 
         return hook
 
-    handles = [
-        module.register_forward_hook(hook_for(name), with_kwargs=True, prepend=first)
-        for name, module in modules.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(add_hook(module, hook_for(name), first=first))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def add_hook(
+    module: nn.Module,
+    hook: Callable[..., Any],
+    *,
+    is_before: bool = False,
+    is_last: bool = False,
+    first: bool = False,
+) -> Callable[[], None]:
+    """Register a forward hook that no copy of the module takes along.
+
+    A copy of a model, such as its moving average, must not record, and a pickle of it must not need
+    sonde. Both ask an object how to take it apart; while it has such hooks, a module answers that
+    itself.
+
+    Args:
+        module: The module.
+        hook: Called with the module, its arguments by position and by name and, unless `is_before`,
+            its output.
+        is_before: Call it before the forward pass.
+        is_last: Call it also after a forward pass that failed, with None as its output.
+        first: Come before the hooks that are there already.
+
+    Returns:
+        A function that removes it.
+    """
+    ours = _Hook(hook)
+    if is_before:
+        handle = module.register_forward_pre_hook(ours, prepend=first, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(
+            ours, prepend=first, with_kwargs=True, always_call=is_last
+        )
+    module.__dict__[_REDUCE] = partial(_reduce, module)
+
+    def remove() -> None:
+        handle.remove()
+        if not _our_keys(module.__dict__):
+            module.__dict__.pop(_REDUCE, None)
+
+    return remove
+
+
+class _Hook:
+    """A hook of ours, which is known by its type."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Take a module apart for a copy or a pickle, the way its class does, without our hooks."""
+    parts = type(module).__reduce_ex__(module, protocol)
+    if isinstance(parts, tuple) and len(parts) > 2 and isinstance(parts[2], dict):
+        ours = _our_keys(parts[2])
+        state = {
+            name: _without(value, ours) if name.endswith(_HOOKS) else value
+            for name, value in parts[2].items()
+            if name != _REDUCE
+        }
+        parts = (*parts[:2], state, *parts[3:])
+    return parts
+
+
+def _our_keys(state: Mapping[str, Any]) -> set[int]:
+    tables = [state.get("_forward_hooks", {}), state.get("_forward_pre_hooks", {})]
+    return {key for table in tables for key, hook in table.items() if isinstance(hook, _Hook)}
+
+
+def _without(table: Any, keys: set[int]) -> Any:
+    return OrderedDict((key, value) for key, value in table.items() if key not in keys)
+
+
+def is_recomputing() -> bool:
+    """Whether a forward pass runs within a backward pass, as a checkpoint repeats one."""
+    # Private, but the only sign there is; torch.utils.checkpoint itself asks it.
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def tensor_leaves(output: Any) -> list[tuple[str, Tensor]]:

@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from sonde import analysis, hooks, integrations
     from sonde.exceptions import SondeError, SondeWarning
     from sonde.hooks import (
+        TRAINING,
         Activations,
         DecisionPlanes,
         ExampleGradients,
         Full,
         Gram,
+        OutputGradients,
         Predictions,
         Probe,
         Recorder,
         Scalars,
         Sketch,
+        Training,
         at,
         attach,
         epochs,
@@ -36,11 +39,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TRAINING",
     "Activations",
     "DecisionPlanes",
     "ExampleGradients",
     "Full",
     "Gram",
+    "OutputGradients",
     "Predictions",
     "Probe",
     "Recorder",
@@ -49,6 +54,7 @@ __all__ = [
     "Sketch",
     "SondeError",
     "SondeWarning",
+    "Training",
     "analysis",
     "at",
     "attach",

@@ -4,6 +4,7 @@ from .activations import Activations
 from .base import Measure, Recording, Subject
 from .decision_planes import DecisionPlanes
 from .example_gradients import ExampleGradients
+from .output_gradients import OutputGradients
 from .predictions import Predictions
 from .scalars import Scalars
 
@@ -12,6 +13,7 @@ __all__ = [
     "DecisionPlanes",
     "ExampleGradients",
     "Measure",
+    "OutputGradients",
     "Predictions",
     "Recording",
     "Scalars",

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from sonde.exceptions import InvalidInputError
+from sonde.hooks.batch_axes import batch_axis
+from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Accumulator, Gram, Store
+from sonde.hooks.stores import Accumulator, Store
 from sonde.hooks.taps import tapped, tensor_leaves
+from sonde.hooks.training import Training, TrainingStep
 
-from .base import ProbeMeasure, Recording, Subject
+from .base import Recording, Subject
+from .layer_measure import LayerMeasure
 
 
-class Activations(ProbeMeasure):
-    """Record layer outputs on a probe, in eval mode.
+class Activations(LayerMeasure):
+    """Record layer outputs: on a probe, in eval mode, or those of the training itself.
+
+    `Activations(TRAINING)` takes the outputs of the training's own forward passes, of every
+    micro-batch between a due step and the next one; passes that no gradient comes back to, such as
+    those of a validation, are left out. `Recorder.batch` names their examples.
 
     Feature maps are flattened: every layer is an examples × features matrix. A layer called again
     in one forward pass is recorded as `name#1`; of an output with several tensors each is recorded,
-    as `name[0]`, `name[1]`, ….
+    as `name[0]`, `name[1]`, …. The axis of the examples need not be the first one: it is found by
+    running the model on fewer of them.
 
     Args:
-        probe: The examples.
+        source: The examples: a `Probe`, what one takes, or `TRAINING`.
         layers: Globs, module types or predicates; None takes every module without children.
         store: The form kept: `Gram()`, `Sketch(dim)` or `Full()`.
         memory: How many bytes of features `Gram` may hold. With more examples than the probe's
             `batch_size` it needs those of earlier batches again; what does not fit is held in
-            another pass over the probe.
+            another pass over the probe. Of the training, which cannot be repeated, layers that do
+            not fit lack steps of several micro-batches.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
@@ -45,46 +55,33 @@ class Activations(ProbeMeasure):
 
     def __init__(
         self,
-        probe: Probe | Any,
+        source: Probe | Training | Any,
         layers: Selector | Sequence[Selector] | None = None,
         store: Store | None = None,
         *,
         memory: int = 1 << 30,
         when: Schedule | None = None,
     ) -> None:
-        super().__init__(probe, when=when)
-        if memory < 1:
-            raise InvalidInputError(f"`memory` (={memory}) must be >= 1, in bytes")
-        self.layers = layers
-        self.store = Gram() if store is None else store
-        self.memory = memory
-        self._held_bytes: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+        super().__init__(source, layers, store, memory=memory, when=when)
+        self._small: WeakKeyDictionary[nn.Module, _SmallRun] = WeakKeyDictionary()
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse selectors that take no layer.
-
-        Raises:
-            LayerNotFoundError: If a selector takes nothing.
-        """
-        select_layers(model, self.layers)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the run's description says of the measure."""
-        store = self.store.describe()
-        pool = store.get("pool")
-        return {"store": store, "features": f"{pool} over positions" if pool else "flattened"}
+    def observe(self, subject: Subject, step: TrainingStep) -> LiveOutputs:
+        """Begin to take the outputs of the training's next forward passes."""
+        return self._observe(subject, step, of_gradients=False)
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""
         selected = select_layers(subject.model, self.layers)
         model, probe = subject.model, self.probe
+        assert probe is not None  # Of the training it is observed.
         with undisturbed(model), torch.no_grad():
-            if model not in self._held_bytes:
-                self._held_bytes[model] = self._find_batched(model, selected)
+            if model not in self._small:
+                self._small[model] = self._run_small(model, probe, selected)
+            small = self._small[model]
             starts = range(0, probe.num_examples, probe.batch_size)
             sizes = [min(probe.batch_size, probe.num_examples - start) for start in starts]
-            outputs = _Outputs(self.store, probe.num_examples, set(self._held_bytes[model]))
-            for held in plan_passes(self._held_bytes[model], sizes, self.memory):
+            outputs = _Outputs(self.store, probe.num_examples, small)
+            for held in plan_passes(small.held_bytes(self.store), sizes, self.memory):
                 first = min((batches.start for batches in held.values()), default=0)
                 outputs.start_pass(held, starts[first])
                 for batch in range(first, len(starts)):
@@ -94,38 +91,52 @@ class Activations(ProbeMeasure):
                         call(model, probe.rows(rows, device_of(model))[0])
         return outputs.recording(selected)
 
-    def _find_batched(self, model: nn.Module, selected: dict[str, nn.Module]) -> dict[str, int]:
-        """Find the outputs whose axis 0 is the batch: that has as many rows as a small batch.
+    def _run_small(
+        self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module]
+    ) -> _SmallRun:
+        """Run a small batch, whose outputs show which axis holds the examples.
 
         In a full batch another axis may have the same size by chance, such as the time steps.
-
-        Returns:
-            What the store holds of an example of each, in bytes.
         """
-        full = min(self.probe.batch_size, self.probe.num_examples)
-        num_rows = 2 if full > 2 else 1
-        held_bytes: dict[str, int] = {}
+        run = _SmallRun(2 if min(probe.batch_size, probe.num_examples) > 2 else 1)
 
         def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
             for suffix, tensor in tensor_leaves(output):
-                if not tensor.is_nested and tensor.ndim and len(tensor) == num_rows:
-                    num_features = tensor.numel() // num_rows
-                    size = self.store.held_bytes(num_features, tensor.dtype)
-                    held_bytes[f"{name}{suffix}"] = size
+                if not tensor.is_nested:
+                    run.shapes[f"{name}{suffix}"] = tensor.shape
+                    run.dtypes[f"{name}{suffix}"] = tensor.dtype
 
-        inputs, _ = self.probe.rows(slice(0, num_rows), device_of(model))
+        inputs, _ = probe.rows(slice(0, run.num_examples), device_of(model))
         with tapped(selected, on_call):
             call(model, inputs)
-        return held_bytes
+        return run
+
+
+@dataclass
+class _SmallRun:
+    """The outputs of layers for a few examples."""
+
+    num_examples: int
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def held_bytes(self, store: Store) -> dict[str, int]:
+        """Return what the store holds of an example of each output, in bytes."""
+        return {
+            name: store.held_bytes(shape.numel() // self.num_examples, self.dtypes[name])
+            for name, shape in self.shapes.items()
+            if self.num_examples in shape
+        }
 
 
 class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(self, store: Store, num_examples: int, known: set[str]) -> None:
+    def __init__(self, store: Store, num_examples: int, small: _SmallRun) -> None:
         self._store = store
         self._num_examples = num_examples
-        self._known = known
+        self._small = small
+        self._axes: dict[str, int | None] = {}
         self._held: Pass = {}
         self._accumulators: dict[str, Accumulator] = {}
         self._counts: Counter[str] = Counter()
@@ -182,9 +193,10 @@ class _Outputs:
         if tensor.is_nested:
             self._missing[name] = "its output is a nested tensor"
             return
-        if tensor.ndim == 0 or len(tensor) != self._size or name not in self._known:
+        axis = self._axis(name, tensor)
+        if axis is None:
             self._missing[name] = (
-                f"axis 0 of its output {list(tensor.shape)} is not the batch of {self._size}"
+                f"no axis of its output {list(tensor.shape)} is the batch of {self._size}"
             )
             self._accumulators.pop(name, None)
             return
@@ -193,10 +205,29 @@ class _Outputs:
             return
         if name not in self._held:
             return  # It is the turn of others.
+        features = tensor.movedim(axis, 0)
         if name not in self._accumulators:
             self._accumulators[name] = self._store.accumulator(self._num_examples)
             self._accumulators[name].start(self._first)
-            self._shapes[name] = list(tensor.shape[1:])
+            self._shapes[name] = list(features.shape[1:])
+        if self._shapes[name] != list(features.shape[1:]):
+            self._missing[name] = (
+                f"its output for an example changes in shape between batches: "
+                f"{self._shapes[name]}, then {list(features.shape[1:])}"
+            )
+            self._accumulators.pop(name, None)
+            return
         is_held = self._batch in self._held[name]
-        self._accumulators[name].add(tensor, is_held=is_held)
-        self._counts[name] += len(tensor) * is_held
+        self._accumulators[name].add(features, is_held=is_held)
+        self._counts[name] += len(features) * is_held
+
+    def _axis(self, name: str, tensor: Tensor) -> int | None:
+        small = self._small.shapes.get(name)
+        if small is None:
+            return None
+        if name not in self._axes:
+            shape = tuple(tensor.shape)
+            self._axes[name] = batch_axis(shape, self._size, small, self._small.num_examples)
+        axis = self._axes[name]
+        is_batch = axis is not None and tensor.ndim > axis and tensor.shape[axis] == self._size
+        return axis if is_batch else None

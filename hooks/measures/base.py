@@ -12,6 +12,7 @@ from torch import nn
 
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
+from sonde.hooks.training import Training, TrainingStep
 from sonde.log import LogArray
 
 
@@ -47,6 +48,18 @@ class Recording:
     notes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+class Observation(ABC):
+    """A measure of the training itself at one due step, while its passes run."""
+
+    @abstractmethod
+    def finish(self) -> Recording:
+        """Return what was seen; whatever this raises switches the measure off."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Leave the model as it was."""
+
+
 class Measure(ABC):
     """One kind of record. A subclass says what it needs and records it.
 
@@ -54,11 +67,14 @@ class Measure(ABC):
         name: Its name in the log.
         when: When it is due; None takes the recorder's schedule.
         probe: The examples it evaluates, if it evaluates a probe.
+        training: The training itself, if its own passes are observed; then the measure has
+            `observe`, otherwise `record`.
     """
 
     name: ClassVar[str]
     when: Schedule | None = None
     probe: Probe | None = None
+    training: Training | None = None
 
     @property
     @abstractmethod
@@ -81,9 +97,13 @@ class Measure(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the measure, as JSON values."""
 
-    @abstractmethod
     def record(self, subject: Subject) -> Recording:
         """Measure now; whatever this raises switches the measure off, not the training."""
+        raise NotImplementedError
+
+    def observe(self, subject: Subject, step: TrainingStep) -> Observation:
+        """Begin to observe a step of the training, from the model's next forward pass on."""
+        raise NotImplementedError
 
 
 class ProbeMeasure(Measure):

@@ -97,12 +97,11 @@ def test_every_selected_layer_is_recorded_or_has_a_reason(tmp_path: Path) -> Non
     probe = sonde.Probe(torch.randn(5, 4))
     with pytest.warns(UserWarning, match="activations of 'probe' lacks"):
         run = record(tmp_path, Awkward(), sonde.Activations(probe))
-    assert run.layers == ["twice", "twice#1", "lstm[0]"]
+    # The states of an LSTM have the examples in axis 1.
+    assert run.layers == ["twice", "twice#1", "lstm[0]", "lstm[1][0]", "lstm[1][1]"]
     reasons = {note["name"]: note["reason"] for note in run.notes if note["event"] == "missing"}
     assert reasons == {
-        "lstm[1][0]": "axis 0 of its output [1, 5, 3] is not the batch of 5",
-        "lstm[1][1]": "axis 0 of its output [1, 5, 3] is not the batch of 5",
-        "folded": "axis 0 of its output [10, 2] is not the batch of 5",
+        "folded": "no axis of its output [10, 2] is the batch of 5",
         "indices": "its output is torch.int64, not floating point",
         "never": "it was never called in the forward pass",
     }
@@ -117,9 +116,27 @@ def test_an_axis_that_only_has_the_size_of_the_batch_is_not_taken_for_it(tmp_pat
         def forward(self, x: Tensor) -> Tensor:
             return torch.as_tensor(self.out(self.mix(x.transpose(0, 1)).cumsum(0)[-1]))
 
-    probe = sonde.Probe(torch.randn(5, 5, 4))
-    with pytest.warns(UserWarning, match="mix: axis 0 of its output .* is not the batch"):
-        run = record(tmp_path, TimeFirst(), sonde.Activations(probe))
+    inputs, model = torch.randn(5, 5, 4), TimeFirst()
+    run = record(tmp_path, model, sonde.Activations(sonde.Probe(inputs), store=sonde.Full()))
+    assert run.layers == ["mix", "out"]
+    expected = model.mix(inputs).detach().flatten(1)
+    np.testing.assert_allclose(run.activations["mix"].features(), expected, rtol=1e-6)
+
+
+def test_batches_that_differ_in_shape_are_a_reason(tmp_path: Path) -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut, self.out = nn.Identity(), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cut(x[:, : int(x[0, 0])])
+            return torch.as_tensor(self.out(x))
+
+    inputs = torch.tensor([[1.0, 0, 0, 0]] * 4 + [[2.0, 0, 0, 0]] * 4)
+    probe = sonde.Probe(inputs, batch_size=4)
+    with pytest.warns(UserWarning, match=r"cut: its output for an example changes in shape"):
+        run = record(tmp_path, Ragged(), sonde.Activations(probe))
     assert run.layers == ["out"]
 
 

@@ -1,0 +1,123 @@
+"""Batch axes: which axis of a layer's output holds the examples.
+
+An axis may have the size of the batch by chance, such as the time steps. So the model is run once
+on fewer examples; the batch axis is the one that has become as short.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .probes import undisturbed
+from .taps import map_tensors, tapped, tensor_leaves
+
+_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+
+
+def batch_axis(
+    shape: Sequence[int], size: int, small_shape: Sequence[int] | None = None, small_size: int = 0
+) -> int | None:
+    """Return the axis that holds the examples; None if there is none.
+
+    Args:
+        shape: The shape of an output for `size` examples.
+        size: The number of examples.
+        small_shape: Its shape for `small_size` examples, if that is known; otherwise only axis 0
+            can be the one.
+        small_size: The smaller number of examples.
+
+    Example:
+        >>> batch_axis([7, 7, 32], 7, [7, 2, 32], 2)
+        1
+    """
+    if small_shape is None:
+        return 0 if shape and shape[0] == size else None
+    if len(shape) != len(small_shape):
+        return None
+    pairs = list(zip(shape, small_shape, strict=True))
+    return pairs.index((size, small_size)) if (size, small_size) in pairs else None
+
+
+class BatchAxes:
+    """The batch axes of a model's layers in the training, found on the first batch it sees.
+
+    Args:
+        batch_dim: The axis of the model's inputs that holds the examples.
+    """
+
+    def __init__(self, batch_dim: int = 0) -> None:
+        self._batch_dim = batch_dim
+        self._small_size = 0
+        self._small_shapes: dict[str, tuple[int, ...]] = {}
+        self._layers: dict[str, nn.Module] = {}
+        self.problem: str | None = None
+
+    def watch(self, layers: Mapping[str, nn.Module]) -> None:
+        """Look at these layers, too."""
+        if not layers.items() <= self._layers.items():
+            self._layers.update(layers)
+            self._small_size = 0
+
+    def size_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """Return the number of examples in the model's arguments."""
+        for _, tensor in tensor_leaves([*args, *kwargs.values()]):
+            if tensor.ndim > self._batch_dim:
+                return tensor.shape[self._batch_dim]
+        return None
+
+    def look(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
+    ) -> None:
+        """Run the model on the first examples of a batch, unless that was done before.
+
+        Where this is not possible, `problem` says why, and only axis 0 can be the batch.
+        """
+        if self._small_size or self.problem or not size or size < 2:
+            return
+        if not all(_is_plain(value) for value in (*args, *kwargs.values())):
+            self.problem = "its arguments hold objects that a second pass might change"
+            return
+        self._small_size = 2 if size > 2 else 1
+        rows = self._small_size
+
+        def shorten(tensor: Tensor) -> Tensor:
+            dim = self._batch_dim
+            if tensor.ndim > dim and tensor.shape[dim] == size:
+                tensor = tensor.narrow(dim, 0, rows)
+            return tensor.detach().clone()
+
+        def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
+            for suffix, tensor in tensor_leaves(output):
+                self._small_shapes[f"{name}{suffix}"] = tuple(tensor.shape)
+
+        try:
+            with (
+                warnings.catch_warnings(),
+                undisturbed(model),
+                torch.no_grad(),
+                tapped(self._layers, on_call),
+            ):
+                warnings.simplefilter("ignore")  # The model's own come with its next pass.
+                model(*map_tensors(args, shorten), **map_tensors(kwargs, shorten))
+        except Exception as error:
+            self.problem = f"it fails on {rows} examples: {type(error).__name__}: {error}"
+            self._small_shapes.clear()
+
+    def axis(self, name: str, shape: Sequence[int], size: int | None) -> int | None:
+        """Return the batch axis of an output of a layer's call; None if there is none."""
+        if size is None:
+            return None
+        return batch_axis(shape, size, self._small_shapes.get(name), self._small_size)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return isinstance(value, (Tensor, *_PLAIN))

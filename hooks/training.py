@@ -1,0 +1,306 @@
+"""The training itself as a source: which passes make a step, and what each one's examples are."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sonde.exceptions import InvalidInputError
+
+from .batch_axes import BatchAxes
+from .probes import run_eagerly
+from .taps import add_hook, is_recomputing, tensor_leaves
+
+
+@dataclass(frozen=True)
+class Training:
+    """The live batch, as the training sees it: the source of measures in band.
+
+    Args:
+        batch_dim: The axis of the model's inputs that holds the examples.
+    """
+
+    batch_dim: int = 0
+    name: ClassVar[str] = "training"
+
+
+TRAINING = Training()
+"""Record what the training itself computes, in its own forward and backward passes."""
+
+
+@dataclass
+class Batch:
+    """What a loop tells about a micro-batch; see `Recorder.batch`.
+
+    Attributes:
+        ids: One integer per example.
+        targets: One target per example.
+        reduction: How the loss is made of the losses of the examples.
+        scale: The gradient that arrived at the loss: what it was multiplied with on the way.
+    """
+
+    ids: npt.NDArray[np.int64] | None = None
+    targets: npt.NDArray[Any] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    scale: Tensor | None = None
+
+    @property
+    def num_examples(self) -> int | None:
+        """How many examples it has, if that was told."""
+        told = self.ids if self.ids is not None else self.targets
+        return None if told is None else len(told)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass; it counts once a gradient has come back to it."""
+
+    micro_batch: MicroBatch
+    has_gradients: bool = False
+
+    def confirm(self, gradient: Tensor | None = None) -> None:
+        """Note that a gradient arrived; a hook that leaves it as it is."""
+        self.has_gradients = True
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """The forward passes whose gradients come in one backward pass.
+
+    Attributes:
+        size: The number of examples; None if it is not known.
+        batch: What the loop told of it.
+        passes: The forward passes.
+    """
+
+    size: int | None
+    batch: Batch | None = None
+    passes: list[Pass] = field(default_factory=list)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether its backward pass has begun."""
+        return any(one.has_gradients for one in self.passes)
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples, as its records have them."""
+        return self.size or 0
+
+    def factor(self) -> Tensor | float | None:
+        """What makes gradients of the loss those of single examples; None if it is not known."""
+        if self.batch is None or self.batch.scale is None:
+            return None
+        factor = self.num_examples if self.batch.reduction == "mean" else 1
+        return factor / self.batch.scale
+
+
+class TrainingStep:
+    """Observes the passes of one training step, from when it is made until `stop`.
+
+    Passes without gradients, such as those of a validation, are left out; so are those after the
+    weights have changed, as an optimizer that evaluates its closure again makes them.
+
+    Args:
+        model: The model, without wrappers.
+        axes: How the batch axis of layer outputs is found.
+    """
+
+    def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
+        self._model = model
+        self.axes = axes
+        self._micro_batches: list[MicroBatch] = []
+        self._running: Pass | None = None
+        self._depth = 0
+        self._told: Batch | None = None  # Of the micro-batch that comes next.
+        self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
+        self._versions = self._parameter_versions()
+        self._stack = ExitStack()
+        self._stack.enter_context(run_eagerly())
+        self._stack.callback(add_hook(model, self._enter, is_before=True))
+        self._stack.callback(add_hook(model, self._leave, is_last=True))
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        self._stack.close()
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches that gradients came back to."""
+        return [micro_batch for micro_batch in self._micro_batches if micro_batch.has_gradients]
+
+    def forward_pass(self, first_input: Any) -> Pass | None:
+        """Return the pass that a layer's call belongs to; None if it is not recorded.
+
+        Args:
+            first_input: What the layer was called with, for a call outside the model's own forward.
+        """
+        if self._depth:
+            return self._running
+        if not torch.is_grad_enabled():
+            return None
+        # The user calls a part of the model by itself.
+        last = self._micro_batches[-1] if self._micro_batches else None
+        if last is not None and not last.has_gradients and not self._is_apart:
+            return last.passes[-1]
+        leaves = tensor_leaves(first_input)
+        micro_batch = self._open(len(leaves[0][1]) if leaves and leaves[0][1].ndim else None)
+        if micro_batch is None:
+            return None
+        if not micro_batch.passes:
+            micro_batch.passes.append(Pass(micro_batch))
+        return micro_batch.passes[-1]
+
+    def recomputed_pass(self) -> Pass | None:
+        """Return the pass that a checkpoint computes again; None if that is not known."""
+        passes = self._micro_batches[-1].passes if self._micro_batches else []
+        return passes[0] if len(passes) == 1 else None
+
+    def tell(self, batch: Batch, loss: Tensor | None, *, is_ahead: bool) -> None:
+        """Take what the loop tells of a micro-batch.
+
+        Args:
+            batch: What it tells.
+            loss: The loss, before its backward pass.
+            is_ahead: The forward pass is still to come, for certain.
+        """
+        last = self._micro_batches[-1] if self._micro_batches else None
+        if is_ahead or last is None or last.has_gradients:
+            self._told, self._is_apart = batch, True
+        elif last.batch is None:
+            self._attach(last, batch)
+        elif batch.num_examples is None:
+            batch = last.batch  # Its examples were named before, and now comes the loss.
+        else:
+            self._told, self._is_apart = batch, True
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(batch, "scale", gradient.detach().clone()))
+
+    def take_back(self, batch: Batch) -> None:
+        """Forget what was told of the latest passes, as it is of those to come."""
+        last = self._micro_batches[-1] if self._micro_batches else None
+        if last is not None and last.batch is batch:
+            last.batch = None
+
+    def end_batch(self) -> None:
+        """Let the next pass begin another micro-batch."""
+        self._told, self._is_apart = None, True
+
+    def _attach(self, micro_batch: MicroBatch, batch: Batch) -> None:
+        micro_batch.batch = batch
+        if batch.num_examples is not None:
+            micro_batch.size = batch.num_examples
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or is_recomputing():
+            return
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._running = None
+        if not torch.is_grad_enabled():
+            return
+        micro_batch = self._open(self.axes.size_of(args, kwargs))
+        if micro_batch is not None:
+            self.axes.look(self._model, args, kwargs, micro_batch.size)  # Nothing runs as yet.
+            self._running = Pass(micro_batch)
+            micro_batch.passes.append(self._running)
+
+    def _leave(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or is_recomputing():
+            return
+        self._depth -= 1
+        if self._depth or self._running is None:
+            return
+        for _suffix, tensor in tensor_leaves(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._running.confirm)
+        self._running = None
+
+    def _open(self, size: int | None) -> MicroBatch | None:
+        """Return the micro-batch that a pass over `size` examples belongs to."""
+        told = self._told
+        if told is not None and told.num_examples is not None:
+            size = told.num_examples
+        last = self._micro_batches[-1] if self._micro_batches else None
+        if last is not None and not self._is_apart and not last.has_gradients:
+            if size == last.size or (last.batch is not None and last.batch.num_examples):
+                return last
+        if self._versions != self._parameter_versions():
+            return None
+        micro_batch = MicroBatch(size)
+        if told is not None:
+            self._attach(micro_batch, told)
+        self._told, self._is_apart = None, False
+        self._micro_batches.append(micro_batch)
+        return micro_batch
+
+    def _parameter_versions(self) -> list[int]:
+        return [parameter._version for parameter in self._model.parameters()]
+
+
+class BatchContext:
+    """What `Recorder.batch` returns: it may be used as a context manager around the passes."""
+
+    def __init__(self, step: TrainingStep | None, batch: Batch, loss: Tensor | None) -> None:
+        self._step = step
+        self._batch = batch
+        if step is not None:
+            step.tell(batch, loss, is_ahead=False)
+
+    def __enter__(self) -> None:
+        if self._step is not None:
+            self._step.take_back(self._batch)
+            self._step.tell(self._batch, None, is_ahead=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._step is not None:
+            self._step.end_batch()
+
+
+def make_batch(ids: Any, targets: Any, loss: Any, reduction: Literal["mean", "sum"]) -> Batch:
+    """Check what a loop tells of a micro-batch.
+
+    Raises:
+        InvalidInputError: If it does not fit together.
+    """
+    if reduction not in ("mean", "sum"):
+        raise InvalidInputError(f"`reduction` (={reduction!r}) must be 'mean' or 'sum'")
+    if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
+        what = f"has shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
+        raise InvalidInputError(f"`loss` {what}; expected the tensor that backward() is called on")
+    given_ids = None if ids is None else _to_numpy(ids)
+    if given_ids is not None and (given_ids.ndim != 1 or given_ids.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            f"`ids` has shape {given_ids.shape} and dtype {given_ids.dtype}; expected one integer "
+            "for each example"
+        )
+    given_targets = None if targets is None else _to_numpy(targets)
+    if given_targets is not None and given_targets.ndim == 0:
+        raise InvalidInputError("`targets` is a single value; expected one for each example")
+    if given_ids is not None and given_targets is not None and len(given_ids) != len(given_targets):
+        raise InvalidInputError(
+            f"`ids` has {len(given_ids)} examples, `targets` {len(given_targets)}"
+        )
+    if given_ids is not None:
+        given_ids = given_ids.astype(np.int64)
+    return Batch(given_ids, given_targets, reduction)
+
+
+def _to_numpy(values: Any) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.array(values)
