@@ -99,6 +99,9 @@ class LiveOutputs(Observation):
             if not any(calls[name] for calls in self._calls.values()):
                 self._missing[name] = "it was never called in the forward pass"
         examples, attributes = _describe(micro_batches, of_gradients=self._of_gradients)
+        sizes = self._store.block_sizes([micro_batch.num_examples for micro_batch in micro_batches])
+        if sizes is not None:
+            attributes["block_sizes"] = sizes
         return Recording(
             [*examples, *arrays] if arrays else [],
             attributes,

@@ -54,6 +54,10 @@ class Store(ABC):
         """Return how many bytes of an example are held while later batches come."""
         return 0
 
+    def block_sizes(self, batch_sizes: Sequence[int]) -> list[int] | None:
+        """Return the number of examples of each block that is kept of batches; None if all is."""
+        return None
+
     @abstractmethod
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Reduce the features of some examples, [batch, …], to what is kept of them.
@@ -103,14 +107,22 @@ class Gram(Store):
 
     Args:
         dtype: float32 or float64; by default float64 for float64 features, else float32.
+        block: Keep only the products of examples of the same block of this many; the model is run
+            on a block at a time. It is what minibatch CKA needs (Nguyen et al., 2021, 2010.15327,
+            section 3), grows linearly with the number of examples, and holds no features.
 
     Raises:
-        InvalidInputError: If the dtype is another one.
+        InvalidInputError: If the dtype is another one, or a block has fewer than 4 examples.
     """
 
     dtype: torch.dtype | None = None
+    block: int | None = None
 
     def __post_init__(self) -> None:
+        if self.block is not None and self.block < 4:
+            raise InvalidInputError(
+                f"`block` (={self.block}) must be >= 4, the examples that centring takes"
+            )
         if self.dtype not in (None, torch.float32, torch.float64):
             raise InvalidInputError(
                 f"`dtype` (={self.dtype}) of a Gram matrix must be float32 or float64: lower "
@@ -119,11 +131,23 @@ class Gram(Store):
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
-        return _GramAccumulator(self, num_examples)
+        return (
+            _GramAccumulator(self, num_examples) if self.block is None else _PartAccumulator(self)
+        )
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
         """Return how many bytes of an example are held while later batches come."""
-        return num_features * self.dtype_for(dtype).itemsize
+        return num_features * self.dtype_for(dtype).itemsize if self.block is None else 0
+
+    def block_sizes(self, batch_sizes: Sequence[int]) -> list[int] | None:
+        """Return the number of examples of each block that is kept of batches; None if all is."""
+        if self.block is None:
+            return None
+        return [
+            min(self.block, size - start)
+            for size in batch_sizes
+            for start in range(0, size, self.block)
+        ]
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """Return the type in which features of a type are multiplied."""
@@ -133,6 +157,9 @@ class Gram(Store):
         """Return the matrix of some examples, and a copy of their features where that is held."""
         batch = _as_matrix(features)
         batch = batch.to(self.dtype_for(batch.dtype), copy=is_held)
+        if self.block is not None:
+            blocks = batch.split(self.block)
+            return Part(torch.cat([(rows @ rows.T).flatten() for rows in blocks]))
         return Part(batch @ batch.T, batch if is_held else None)
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
@@ -141,6 +168,9 @@ class Gram(Store):
         Raises:
             InvalidInputError: If features of a part are not held, or their number differs.
         """
+        if self.block is not None:
+            blocks = torch.cat([part.values for part in parts])
+            return to_log_array(blocks, "gram_blocks", ("pair",), layer)
         features = [part.features for part in parts if part.features is not None]
         if len(features) < len(parts) > 1:
             raise InvalidInputError(
@@ -163,7 +193,7 @@ class Gram(Store):
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
-        return {"kind": "gram", "dtype": _dtype_name(self.dtype)}
+        return {"kind": "gram", "dtype": _dtype_name(self.dtype), "block": self.block}
 
 
 @dataclass(frozen=True)
@@ -192,7 +222,7 @@ class Sketch(Store):
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
-        return _RowsAccumulator(self)
+        return _PartAccumulator(self)
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return the sketches of some examples."""
@@ -221,6 +251,9 @@ class Full(Store):
         dtype: The dtype kept; by default the one of the features.
         pool: Take the `mean` or `max` over the positions of a feature map [examples, channels, …]
             first; a matrix [examples, features] stays as it is.
+        units: Keep only this many features, drawn at random; of a layer that has no more, all. For
+            the same number of features they are the same in every run, on every rank and device.
+        seed: Another seed draws others.
 
     Raises:
         InvalidInputError: If an argument is none of these.
@@ -228,16 +261,20 @@ class Full(Store):
 
     dtype: torch.dtype | None = None
     pool: Literal["mean", "max"] | None = None
+    units: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.pool not in (None, "mean", "max"):
             raise InvalidInputError(f"`pool` (={self.pool!r}) must be 'mean', 'max' or None")
+        if self.units is not None and self.units < 1:
+            raise InvalidInputError(f"`units` (={self.units}) must be >= 1")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidInputError(f"`dtype` (={self.dtype}) must be a floating-point type")
 
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator that holds the features of the examples so far."""
-        return _RowsAccumulator(self)
+        return _PartAccumulator(self)
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return a copy of the features of some examples."""
@@ -246,6 +283,8 @@ class Full(Store):
             positions = kept.flatten(2)
             kept = positions.mean(2) if self.pool == "mean" else positions.amax(2)
         kept = _as_matrix(kept)
+        if self.units is not None and self.units < kept.shape[1]:
+            kept = kept[:, _drawn(kept.shape[1], self.units, self.seed).to(kept.device)]
         return Part(kept.to("cpu", self.dtype or kept.dtype, copy=True))
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
@@ -260,7 +299,13 @@ class Full(Store):
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
-        return {"kind": "full", "dtype": _dtype_name(self.dtype), "pool": self.pool}
+        return {
+            "kind": "full",
+            "dtype": _dtype_name(self.dtype),
+            "pool": self.pool,
+            "units": self.units,
+            "seed": self.seed,
+        }
 
 
 def to_log_array(
@@ -314,8 +359,8 @@ class _GramAccumulator(Accumulator):
         return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
 
 
-class _RowsAccumulator(Accumulator):
-    """Takes rows of examples, which only have to be put one behind the other."""
+class _PartAccumulator(Accumulator):
+    """Takes parts that only have to be put one behind the other."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -346,6 +391,13 @@ def _projection(num_features: int, dim: int, seed: int) -> tuple[Tensor, Tensor]
     bucket = torch.from_numpy(((raw >> np.uint64(32)) % np.uint64(dim)).astype(np.int64))
     sign = torch.from_numpy((raw & np.uint64(1)).astype(np.int64) * 2 - 1)
     return bucket, sign
+
+
+@lru_cache(maxsize=32)
+def _drawn(num_features: int, units: int, seed: int) -> Tensor:
+    """Return which features are kept, in their order, on the CPU."""
+    raw = np.random.PCG64([seed, num_features, units]).random_raw(num_features)
+    return torch.from_numpy(np.sort(np.argsort(raw, kind="stable")[:units]))
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

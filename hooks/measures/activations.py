@@ -17,7 +17,7 @@ from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Accumulator, Store
+from sonde.hooks.stores import Accumulator, Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import Training, TrainingStep
 
@@ -78,8 +78,10 @@ class Activations(LayerMeasure):
             if model not in self._small:
                 self._small[model] = self._run_small(model, probe, selected)
             small = self._small[model]
-            starts = range(0, probe.num_examples, probe.batch_size)
-            sizes = [min(probe.batch_size, probe.num_examples - start) for start in starts]
+            block = self.store.block if isinstance(self.store, Gram) else None
+            batch_size = block or probe.batch_size
+            starts = range(0, probe.num_examples, batch_size)
+            sizes = [min(batch_size, probe.num_examples - start) for start in starts]
             outputs = _Outputs(self.store, probe.num_examples, small)
             for held in plan_passes(small.held_bytes(self.store), sizes, self.memory):
                 first = min((batches.start for batches in held.values()), default=0)
@@ -89,7 +91,11 @@ class Activations(LayerMeasure):
                     rows = slice(starts[batch], starts[batch] + sizes[batch])
                     with tapped(selected, outputs.on_call):
                         call(model, probe.rows(rows, device_of(model))[0])
-        return outputs.recording(selected)
+        recording = outputs.recording(selected)
+        block_sizes = self.store.block_sizes(sizes)
+        if block_sizes is not None:
+            recording.attributes["block_sizes"] = block_sizes
+        return recording
 
     def _run_small(
         self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module]

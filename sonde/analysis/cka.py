@@ -106,7 +106,7 @@ def cka(
             "source": log.source,
             "features": _features_of(log),
             "other_features": _features_of(other_log),
-            "num_examples": math.isqrt(stack.shape[1]),
+            "num_examples": _num_examples(log, at, stack, unbiased),
         },
     )
 
@@ -172,7 +172,7 @@ def cka_over_steps(
             "reference_step": at,
             "source": log.source,
             "features": _features_of(log),
-            "num_examples": math.isqrt(references.shape[1]),
+            "num_examples": _num_examples(log, at, references, unbiased),
         },
     )
 
@@ -219,21 +219,28 @@ def _centered(
     unbiased: bool,
     lost: _Lost,
 ) -> kernels.Array | None:
-    """Center the Gram of one layer into [examples * examples], None where it was not recorded."""
+    """Center the Gram of one layer into [examples * examples], None where it was not recorded.
+
+    Raises:
+        MismatchError: If it was kept in blocks, and examples have to be picked.
+    """
     problem = None
     centered: kernels.Array | None = None
     try:
-        gram = log.gram(step, name)
+        grams = log.gram_blocks(name, step)
     except LayerNotFoundError:  # The run has this layer, this record has not.
         problem = "no record"
     else:
+        where = f"layer '{name}' of run '{log.run.name}'"
         if rows is not None:
-            gram = gram[np.ix_(rows, rows)]
-        if np.isfinite(gram).all():
-            centered = _centered_gram(gram, unbiased, f"layer '{name}' of run '{log.run.name}'")
+            if len(grams) > 1:
+                raise MismatchError(f"{where} was kept in blocks, which cannot be aligned by id")
+            grams = [grams[0][np.ix_(rows, rows)]]
+        if all(np.isfinite(gram).all() for gram in grams):
+            centered = _centered_grams(grams, unbiased, where)
             problem = None if centered.any() else "no variance over the examples"
         else:
-            centered = np.full(gram.size, np.nan)
+            centered = np.full(sum(gram.size for gram in grams), np.nan)
             problem = "non-finite activations"
     if problem is not None:
         # A dict, because a step can be read twice: as itself and as the reference.
@@ -241,16 +248,32 @@ def _centered(
     return centered
 
 
-def _centered_gram(gram: kernels.Array, unbiased: bool, where: str) -> kernels.Array:
-    """Center one Gram into [examples * examples].
+def _centered_grams(grams: Sequence[kernels.Array], unbiased: bool, where: str) -> kernels.Array:
+    """Center one Gram into [examples * examples], or each of its blocks one behind the other.
 
     Raises:
-        InvalidInputError: If it cannot be centred, as with too few examples.
+        InvalidInputError: If one cannot be centred, as with too few examples.
     """
     try:
-        return kernels.center(gram, unbiased).ravel()
+        return kernels.center_blocks(grams, unbiased)
     except InvalidInputError as error:
         raise InvalidInputError(f"{where}: {error}") from error
+
+
+def _num_examples(log: MeasureLog, step: int, stack: kernels.Array, unbiased: bool) -> int:
+    """Count the examples compared, and warn of blocks too small to be centred."""
+    sizes = log.attributes(step).get("block_sizes", [])
+    if len(sizes) < 2:
+        return math.isqrt(stack.shape[1])
+    used = [size for size in sizes if size >= (4 if unbiased else 2)]
+    if sum(used) < sum(sizes):
+        warnings.warn(
+            f"CKA leaves out {sum(sizes) - sum(used)} examples of '{log.source}' in run "
+            f"'{log.run.name}': they are a block of fewer than 4",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return sum(used)
 
 
 def _messages(lost: _Lost) -> list[str]:

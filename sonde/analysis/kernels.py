@@ -60,6 +60,38 @@ def center(gram: Real, unbiased: bool = True) -> Array:
     return _centered(gram, unbiased)
 
 
+def center_blocks(grams: Sequence[Real], unbiased: bool = True) -> Array:
+    """Center a Gram matrix of which only diagonal blocks are known.
+
+    Inner products of what it returns are the sum of HSIC over the blocks, and CKA of it is
+    minibatch CKA (Nguyen et al., 2021, 2010.15327, section 3). A single block is centred as
+    `center` does.
+
+    Args:
+        grams: Symmetric matrices [examples, examples], one per block.
+        unbiased: U-centring for HSIC₁ (needs 4 examples) instead of HKH for HSIC₀.
+
+    Returns:
+        One vector, float64 [sum of examples²]. Blocks too small to be centred are zero.
+
+    Raises:
+        InvalidInputError: If a block is not square and symmetric, or not finite, or all are too
+            small.
+    """
+    if len(grams) == 1:
+        return center(grams[0], unbiased).ravel()
+    smallest = 4 if unbiased else 2
+    vectors = []
+    for gram in grams:
+        num = len(gram)
+        if num < smallest <= max(len(other) for other in grams):
+            vectors.append(np.zeros(gram.size))
+            continue
+        pairs = num * (num - 3) if unbiased else (num - 1) ** 2
+        vectors.append(center(gram, unbiased).ravel() / math.sqrt(pairs))
+    return np.concatenate(vectors)
+
+
 def hsic(gram: Real, other: Real, *, unbiased: bool = True) -> float:
     """Estimate the Hilbert-Schmidt independence criterion of two kernels.
 

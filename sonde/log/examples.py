@@ -12,7 +12,7 @@ from sonde.exceptions import MismatchError
 
 from .ranks import ID, Ids, Shares, merge_ids, table_ids
 
-_EXAMPLE, _OTHER_EXAMPLE = "example", "other_example"
+_EXAMPLE, _OTHER_EXAMPLE, _PAIR = "example", "other_example", "pair"
 
 
 class Examples:
@@ -60,8 +60,8 @@ class Examples:
                 other examples than the source has now.
         """
         shares = self._records[step]
-        if len(arrays) > 1 and _EXAMPLE in dims:
-            if _OTHER_EXAMPLE in dims:
+        if len(arrays) > 1 and (_EXAMPLE in dims or _PAIR in dims):
+            if _OTHER_EXAMPLE in dims or _PAIR in dims:
                 ranks = ", ".join(str(share.writer.rank) for share in shares)
                 raise MismatchError(
                     f"{self._label} holds products of examples of one rank each (ranks {ranks}), "
@@ -83,11 +83,16 @@ class Examples:
         Raises:
             MismatchError: If that attempt had other examples.
         """
-        if _EXAMPLE not in dims or _names_its_own(self._records[step]):
+        if not {_EXAMPLE, _PAIR} & set(dims) or _names_its_own(self._records[step]):
             return values
         wanted, there = self.ids, self._table_ids(self._records[step])
         if wanted is None or there is None or np.array_equal(wanted, there):
             return values
+        if _PAIR in dims:
+            raise MismatchError(
+                f"step {step} of {self._label} has its examples in other blocks than the latest "
+                "step; read it by run.rank(…)"
+            )
         lacking = np.setdiff1d(wanted, there)
         if len(lacking) or len(wanted) != len(there):
             raise MismatchError(

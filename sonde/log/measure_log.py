@@ -187,9 +187,36 @@ class MeasureLog:
         fields = self._check_layer(layer)
         if "gram" in fields:
             return self.array("gram", step, layer).astype(np.float64)
+        if "gram_blocks" in fields:
+            raise LayerNotFoundError(
+                f"'{self.measure}' kept only blocks of the Gram matrix of layer '{layer}'; read "
+                "them by gram_blocks(), or record it with store=Gram()"
+            )
         features = self.features(layer, step).astype(np.float64)
         product: npt.NDArray[np.float64] = features @ features.T
         return product
+
+    def gram_blocks(self, layer: str, step: int = -1) -> list[npt.NDArray[np.float64]]:
+        """Return the Gram matrix of a layer by blocks of examples: one, unless only some were kept.
+
+        Args:
+            layer: The layer.
+            step: The step; negative numbers count from the end.
+
+        Returns:
+            float64 [examples of the block, examples of the block] each, in the order of examples.
+
+        Raises:
+            StepNotFoundError: If the step was not recorded.
+            LayerNotFoundError: If the record has no such layer.
+        """
+        if "gram_blocks" not in self._check_layer(layer):
+            return [self.gram(step, layer)]
+        sizes = self.attributes(step)["block_sizes"]
+        values = self.array("gram_blocks", step, layer).astype(np.float64)
+        ends = np.cumsum(np.square(sizes))
+        blocks = np.split(values, ends[:-1])
+        return [block.reshape(size, size) for block, size in zip(blocks, sizes, strict=True)]
 
     def features(self, layer: str, step: int = -1) -> npt.NDArray[Any]:
         """Return the examples × features matrix of a layer, as it was stored.

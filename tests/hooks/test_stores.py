@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import sonde
+from sonde.analysis import kernels
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Full, Gram, Sketch, Store
 
@@ -107,3 +111,76 @@ def test_another_seed_is_another_projection() -> None:
 def test_stores_refuse_what_they_cannot_keep(make: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         make()
+
+
+def block_run(path: Path, store: Store, features: Tensor, **options: Any) -> sonde.Run:
+    probe = sonde.Probe(features, **options)
+    measure = sonde.Activations(probe, ["0", "1"], store)
+    model = nn.Sequential(nn.Flatten(), nn.ReLU())
+    with sonde.Recorder(path, model, [measure], on_error="raise") as recorder:
+        recorder.measure()
+    return sonde.open_run(path)
+
+
+@pytest.mark.parametrize("num_examples", [24, 16, 19, 21])
+def test_blocks_of_a_gram_matrix_are_those_of_the_whole(tmp_path: Path, num_examples: int) -> None:
+    features = torch.randn(num_examples, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    whole = block_run(tmp_path / "whole", sonde.Gram(), features)
+    blocks = block_run(tmp_path / "blocks", sonde.Gram(block=8), features, batch_size=5)
+    for layer in ("0", "1"):
+        gram = whole.activations[layer].gram()
+        found = blocks.activations.gram_blocks(layer)
+        assert [len(block) for block in found] == [
+            min(8, num_examples - start) for start in range(0, num_examples, 8)
+        ]
+        for number, block in enumerate(found):
+            rows = slice(8 * number, 8 * number + len(block))
+            np.testing.assert_allclose(block, gram[rows, rows], rtol=1e-6)
+    with pytest.raises(KeyError, match="kept only blocks of the Gram matrix of layer '0'"):
+        blocks.activations.gram(layer="0")
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_cka_of_blocks_is_minibatch_cka(tmp_path: Path, unbiased: bool) -> None:
+    features = torch.randn(19, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    run = block_run(tmp_path / "blocks", sonde.Gram(block=8), features)
+    layers = [features.flatten(1).numpy(), features.flatten(1).relu().numpy()]
+    # Section 3 of 2010.15327: sums of HSIC over minibatches. The last one has 3 examples, which
+    # the unbiased estimate cannot use.
+    sums = np.zeros((2, 2))
+    for start in (0, 8) if unbiased else (0, 8, 16):
+        grams = [layer[start : start + 8] @ layer[start : start + 8].T for layer in layers]
+        sums += [[kernels.hsic(a, b, unbiased=unbiased) for b in grams] for a in grams]
+    expected = sums[0, 1] / np.sqrt(sums[0, 0] * sums[1, 1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sonde.analysis.cka(run, unbiased=unbiased)
+    assert float(found[0, 1]) == pytest.approx(expected, rel=1e-9)
+    assert found.attrs["num_examples"] == (16 if unbiased else 19)
+    assert ["leaves out 3 examples" in str(warning.message) for warning in caught] == (
+        [True] if unbiased else []
+    )
+
+
+def test_some_units_are_columns_of_all(tmp_path: Path) -> None:
+    features = torch.arange(24.0).reshape(2, 12)
+    kept = stored(Full(units=5), features)
+    columns = kept[0].astype(int)
+    assert len(set(columns)) == 5
+    assert (np.diff(columns) > 0).all()
+    np.testing.assert_array_equal(kept, features[:, columns])
+    np.testing.assert_array_equal(kept, stored(Full(units=5), features, [1, 1]))
+    assert (columns != stored(Full(units=5, seed=1), features)[0]).any()
+    np.testing.assert_array_equal(stored(Full(units=12), features), features)
+    counts = np.bincount(
+        np.concatenate(
+            [stored(Full(units=3, seed=seed), features)[0] for seed in range(400)]
+        ).astype(int)
+    )
+    # Each of 12 is drawn 400 · 3 / 12 = 100 times, give or take 5 standard deviations.
+    assert np.abs(counts - 100).max() < 44
+
+
+def test_a_block_too_small_to_be_centred_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`block` \(=3\) must be >= 4"):
+        sonde.Gram(block=3)
