@@ -26,6 +26,7 @@ from sonde.log.appender import Sync
 
 from . import closing
 from .environment import describe_model, environment, process_rank
+from .estimate import Estimate, estimate, size_text
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .run_directory import create_run
@@ -60,9 +61,12 @@ class Recorder:
         sync: When the log is forced to the disk; see `LogWriter`.
         queue_bytes: How many bytes may wait to be written.
         block: Wait when the queue is full, instead of dropping records after a while.
+        max_step_bytes: Refuse to start if a step at which everything is due would write more than
+            this, by `estimate`.
 
     Raises:
-        InvalidInputError: If an argument does not fit the model or the others.
+        InvalidInputError: If an argument does not fit the model or the others, or a step would
+            write too much.
         LayerNotFoundError: If a selector takes no layer.
         UnsupportedModelError: If the model runs no hooks.
         RunExistsError: If the directory holds a run.
@@ -85,6 +89,7 @@ class Recorder:
         sync: Sync = "seal",
         queue_bytes: int = 256 << 20,
         block: bool = False,
+        max_step_bytes: int = 8 << 30,
     ) -> None:
         self.path = Path(path)
         self.num_steps = 0
@@ -99,6 +104,7 @@ class Recorder:
         check_names(self._measures)
         for measure in self._measures:
             measure.check(self._subject.model)
+        self._check_size(max_step_bytes)
         self._done: dict[Measure, int] = {}
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
@@ -219,6 +225,18 @@ class Recorder:
         for measure in list(self._measures):
             if measure.training is None:
                 self._take(measure)
+
+    def estimate(self, num_steps: int | None = None) -> Estimate:
+        """Estimate how many bytes will be written.
+
+        Args:
+            num_steps: The number of optimizer steps of the training; without it, of one record.
+
+        Returns:
+            One `MeasureEstimate` each, which prints as a table. What the size of the live batch
+            decides, and what fails on the model as it is now, is unknown.
+        """
+        return estimate(self._subject, self._measures, self._when, num_steps, self._steps_per_epoch)
 
     def batch(
         self,
@@ -486,6 +504,15 @@ class Recorder:
         except SondeWarning:
             # The user turns warnings into errors; ours must not end the training.
             print(f"sonde: {message}", file=sys.stderr)
+
+    def _check_size(self, max_step_bytes: int) -> None:
+        estimated = self.estimate()
+        if estimated.step_bytes > max_step_bytes:
+            raise InvalidInputError(
+                f"a step would write {size_text(estimated.step_bytes)}, more than `max_step_bytes` "
+                f"({size_text(max_step_bytes)}) allows:\n{estimated}\nTake fewer examples or "
+                "layers, store=Sketch() or Gram(block=…); or raise the limit"
+            )
 
     def _check(self, measures: Sequence[Measure]) -> None:
         if isinstance(measures, Measure) or not all(isinstance(m, Measure) for m in measures):

@@ -8,6 +8,7 @@ of the model may change the tensor in place.
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class Store(ABC):
     def block_sizes(self, batch_sizes: Sequence[int]) -> list[int] | None:
         """Return the number of examples of each block that is kept of batches; None if all is."""
         return None
+
+    @abstractmethod
+    def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return how many bytes are kept of a layer whose features of an example have a shape."""
 
     @abstractmethod
     def part(self, features: Tensor, *, is_held: bool) -> Part:
@@ -149,6 +154,12 @@ class Gram(Store):
             for start in range(0, size, self.block)
         ]
 
+    def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return how many bytes are kept of a layer, whatever the shape of its features."""
+        batches = [num_examples]
+        num_values = sum(size**2 for size in self.block_sizes(batches) or batches)
+        return num_values * self.dtype_for(dtype).itemsize
+
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
         """Return the type in which features of a type are multiplied."""
         return self.dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -224,6 +235,10 @@ class Sketch(Store):
         """Return an accumulator that holds the sketches of the examples so far."""
         return _PartAccumulator(self)
 
+    def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return how many bytes are kept of a layer, whatever the shape of its features."""
+        return num_examples * self.dim * (8 if dtype == torch.float64 else 4)
+
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return the sketches of some examples."""
         batch = _as_matrix(features)
@@ -275,6 +290,12 @@ class Full(Store):
     def accumulator(self, num_examples: int) -> Accumulator:
         """Return an accumulator that holds the features of the examples so far."""
         return _PartAccumulator(self)
+
+    def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return how many bytes are kept of a layer."""
+        num_features = math.prod(shape if self.pool is None else shape[:1])
+        kept = min(num_features, self.units or num_features)
+        return num_examples * kept * (self.dtype or dtype).itemsize
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return a copy of the features of some examples."""

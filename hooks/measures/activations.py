@@ -69,6 +69,17 @@ class Activations(LayerMeasure):
         """Begin to take the outputs of the training's next forward passes."""
         return self._observe(subject, step, of_gradients=False)
 
+    def record_bytes(self, subject: Subject) -> int | None:
+        """Estimate the bytes of one record on a probe, from a run on two examples."""
+        if self.probe is None:
+            return None
+        model = subject.model
+        if model not in self._small:
+            selected = select_layers(model, self.layers)
+            with undisturbed(model), torch.no_grad():
+                self._small[model] = self._run_small(model, self.probe, selected)
+        return self._small[model].kept_bytes(self.store, self.probe.num_examples)
+
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""
         selected = select_layers(subject.model, self.layers)
@@ -125,6 +136,16 @@ class _SmallRun:
     num_examples: int
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def kept_bytes(self, store: Store, num_examples: int) -> int:
+        """Return what the store keeps of all outputs of so many examples, in bytes."""
+        total = 0
+        for name, shape in self.shapes.items():
+            if self.num_examples in shape and self.dtypes[name].is_floating_point:
+                axis = shape.index(self.num_examples)
+                rest = [*shape[:axis], *shape[axis + 1 :]]
+                total += store.kept_bytes(num_examples, rest, self.dtypes[name])
+        return total
 
     def held_bytes(self, store: Store) -> dict[str, int]:
         """Return what the store holds of an example of each output, in bytes."""

@@ -97,6 +97,10 @@ class Measure(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the measure, as JSON values."""
 
+    def record_bytes(self, subject: Subject) -> int | None:
+        """Estimate the bytes of the arrays of one record; None if the training decides them."""
+        return None
+
     def record(self, subject: Subject) -> Recording:
         """Measure now; whatever this raises switches the measure off, not the training."""
         raise NotImplementedError

@@ -131,6 +131,10 @@ class DecisionPlanes(Measure):
             "digest": self._digest,
         }
 
+    def record_bytes(self, subject: Subject) -> int:
+        """Estimate the bytes of one record, of at most 256 classes."""
+        return len(self._planes.triplet) * self._resolution**2
+
     def record(self, subject: Subject) -> Recording:
         """Classify every grid point of every plane.
 

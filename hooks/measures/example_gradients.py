@@ -14,7 +14,7 @@ from sonde.hooks.examplegrads import example_gradient_grams
 from sonde.hooks.losses import Loss
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.select import Selector, select_layers
+from sonde.hooks.select import Selector, layers_of, select_layers
 from sonde.hooks.stores import to_log_array
 
 from .base import ProbeMeasure, Recording, Subject
@@ -90,6 +90,19 @@ class ExampleGradients(ProbeMeasure):
             "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
             "scale": "gradient of one example's loss, not divided by the number of examples",
         }
+
+    def record_bytes(self, subject: Subject) -> int:
+        """Estimate the bytes of one record, where every layer with parameters is covered."""
+        layers = layers_of(subject.model)
+        if self.layers is not None:
+            layers = select_layers(subject.model, self.layers)
+        trained = [
+            layer
+            for layer in layers.values()
+            if any(p.requires_grad for p in layer.parameters(recurse=False))
+        ]
+        num_grams = 1 + len(trained) * self.per_layer
+        return num_grams * self.probe.num_examples**2 * _dtype_of(subject.model).itemsize
 
     def record(self, subject: Subject) -> Recording:
         """Compute the matrices.

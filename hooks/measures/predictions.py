@@ -31,6 +31,12 @@ class Predictions(ProbeMeasure):
         """Return what the run's description says of the measure."""
         return {"output": "logits"}
 
+    def record_bytes(self, subject: Subject) -> int:
+        """Estimate the bytes of one record, from a run on one example."""
+        with undisturbed(subject.model), torch.no_grad():
+            inputs, _ = self.probe.rows(slice(0, 1), device_of(subject.model))
+            return self.probe.num_examples * logits_of(call(subject.model, inputs)).nbytes
+
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep the outputs."""
         batches = []
