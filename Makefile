@@ -23,9 +23,11 @@ test: $(VENV)/.test-installed
 test-full: $(VENV)/.test-installed
 	$(BIN)/python -m pytest --full tests/log tests/hooks/test_run_directory.py
 
-bench: $(VENV)/.test-installed
+bench: $(VENV)/.bench-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_read.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -47,3 +49,7 @@ $(VENV)/.demo-installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.demo-installed
 	$(BIN)/python -m pip install --group dev
 	@touch $@
+
+# Peers that do not install get a row that says so.
+$(VENV)/.bench-installed: pyproject.toml | $(VENV)/.test-installed
+	-$(BIN)/python -m pip install --group bench && touch $@
