@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
+
+from .datasets import DatasetRows
+from .random_states import RandomStates
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """What a model is called with: one tensor, positional tensors, or keyword tensors."""
@@ -32,13 +34,14 @@ class Probe:
     Args:
         inputs: A tensor [examples, …], a tuple or dict of such tensors (the model's positional or
             keyword arguments), or a Dataset or DataLoader of (inputs, targets). A dataset is read
-            once, in its own order, and held in memory; a DataLoader lends its `collate_fn` and
-            batch size, not its sampler.
+            in its own order; a DataLoader lends its `collate_fn` and batch size, not its sampler.
         targets: One target per example, [examples, …]; a dataset brings its own.
         ids: One integer per example, stable across epochs, ranks and runs. By default the position
             in `inputs`, or for a `Subset` its indices.
         name: The name of this source in the log; by default `probe`.
         batch_size: How many examples are evaluated at once.
+        in_memory: Hold the examples. Otherwise only a dataset's targets are held, and of its
+            examples a batch at a time, read again whenever they are needed.
 
     Raises:
         InvalidInputError: If sizes differ, ids repeat, or there is no example.
@@ -52,26 +55,48 @@ class Probe:
         *,
         name: str | None = None,
         batch_size: int | None = None,
+        in_memory: bool = True,
     ) -> None:
-        if isinstance(inputs, Dataset | DataLoader):
+        dataset = DatasetRows(inputs) if isinstance(inputs, Dataset | DataLoader) else None
+        if dataset is None and not in_memory:
+            raise InvalidInputError("`in_memory=False` needs a dataset, which can be read again")
+        if dataset is not None:
             if targets is not None:
                 raise InvalidInputError("`targets` must be left out: the dataset brings its own")
-            read = _read_dataset(inputs)
-            inputs, targets = read.inputs, read.targets
-            ids = read.ids if ids is None else ids
-            batch_size = batch_size or read.batch_size
+            ids = dataset.ids if ids is None else ids
+            batch_size = batch_size or dataset.batch_size
         self.name = name
         self.batch_size = 256 if batch_size is None else batch_size
-        self.inputs = _as_inputs(inputs)
-        self.num_examples = _common_length(self.inputs)
-        self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
-        self.ids = _as_ids(ids, self.num_examples)
         if self.batch_size < 1:
             raise InvalidInputError(f"`batch_size` (={batch_size}) must be >= 1")
+        self._dataset = dataset
+        self._inputs: Inputs | None = None
+        if dataset is not None and not in_memory:
+            self.num_examples = dataset.num_examples
+            targets, self._input_digest = self._read_through(dataset)
+        else:
+            if dataset is not None:
+                inputs, targets = dataset.read(slice(None))
+            self._inputs = _as_inputs(inputs)
+            self.num_examples = _common_length(self._inputs)
+            self._input_digest = digest([_as_bytes(tensor) for tensor in _tensors(self._inputs)])
+        self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
+        self.ids = _as_ids(ids, self.num_examples)
         if self.targets is not None and len(self.targets) != self.num_examples:
             raise InvalidInputError(
                 f"`targets` has {len(self.targets)} examples, `inputs` {self.num_examples}"
             )
+
+    @property
+    def inputs(self) -> Inputs:
+        """The inputs of all examples, where they are held in memory.
+
+        Raises:
+            InvalidInputError: If they are not.
+        """
+        if self._inputs is None:
+            raise InvalidInputError(f"{self!r} is not held in memory; it is read batch by batch")
+        return self._inputs
 
     def batches(self, device: torch.device) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Yield (inputs, targets) in order, `batch_size` examples at a time, on a device."""
@@ -85,7 +110,11 @@ class Probe:
         A model may work in place on its input, so it never gets the probe's own tensors.
         """
         targets = None if self.targets is None else self.targets[rows].to(device, copy=True)
-        return _map_inputs(self.inputs, lambda x: x[rows].to(device, copy=True)), targets
+        if self._inputs is None:
+            assert self._dataset is not None  # One of both holds the examples.
+            read = _as_inputs(self._dataset.read(rows)[0])
+            return _map_inputs(read, lambda x: x.to(device)), targets
+        return _map_inputs(self._inputs, lambda x: x[rows].to(device, copy=True)), targets
 
     def table(self) -> list[LogArray]:
         """Return the ids and targets, as they stand in the log."""
@@ -104,11 +133,28 @@ class Probe:
             "num_examples": self.num_examples,
             "batch_size": self.batch_size,
             "id_digest": digest([self.ids]),
-            "input_digest": digest([_as_bytes(tensor) for tensor in _tensors(self.inputs)]),
+            "input_digest": self._input_digest,
         }
+
+    def _read_through(self, dataset: DatasetRows) -> tuple[Tensor | None, str]:
+        """Read a dataset once, batch by batch; return its targets and a digest of its inputs."""
+        digests = []
+        targets = []
+        for start in range(0, dataset.num_examples, self.batch_size):
+            read, batch_targets = dataset.read(slice(start, start + self.batch_size))
+            inputs = _as_inputs(read)
+            _common_length(inputs)
+            digests.append(digest([_as_bytes(tensor) for tensor in _tensors(inputs)]))
+            targets.append(batch_targets)
+        joined = None if targets[0] is None else torch.cat(list(map(torch.as_tensor, targets)))
+        return joined, f"batches of {self.batch_size}: {_digest_of(digests)}"
 
     def __repr__(self) -> str:
         return f"Probe({self.num_examples} examples, name={self.name!r})"
+
+
+def _digest_of(texts: Sequence[str]) -> str:
+    return digest([np.frombuffer("".join(texts).encode(), np.uint8)])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -150,7 +196,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # Not only buffers: an embedding with max_norm rescales its weight in the forward pass.
     kept = {tensor: tensor.detach().clone() for tensor in _changeable(model)}
     versions = {tensor: tensor._version for tensor in kept}
-    random_states = _RandomStates()
+    random_states = RandomStates()
     try:
         # Not model.eval(), which a model may override with side effects.
         for module in modes:
@@ -197,69 +243,6 @@ def _changeable(model: nn.Module) -> list[Tensor]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             changeable.append(module.weight)
     return changeable
-
-
-class _RandomStates:
-    """The random states a forward pass can draw from."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def seed(self) -> None:
-        """Start from a fixed seed. Not torch.manual_seed, which also seeds a CUDA yet to start."""
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
-        if self._cuda:
-            torch.cuda.manual_seed_all(0)
-
-    def restore(self) -> None:
-        """Go back to the states at the start."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
-class _ReadDataset:
-    """A dataset read into memory, in its own order."""
-
-    def __init__(self, items: list[Any], collate: Any, ids: Any, batch_size: int | None) -> None:
-        batch = collate(items)
-        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-        self.inputs: Inputs = batch[0] if is_pair else batch
-        self.targets: Tensor | None = batch[1] if is_pair else None
-        self.ids = ids
-        self.batch_size = batch_size
-
-
-def _read_dataset(source: Dataset[Any] | DataLoader[Any]) -> _ReadDataset:
-    loader = source if isinstance(source, DataLoader) else None
-    dataset = cast("Dataset[Any]", loader.dataset if loader is not None else source)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise InvalidInputError(
-            f"{type(dataset).__name__} has no fixed order; give the probe tensors, or a dataset "
-            "with __len__ and __getitem__"
-        )
-    # Reading draws random numbers where the dataset augments; the training must not notice.
-    random_states = _RandomStates()
-    try:
-        random_states.seed()
-        items = [dataset[position] for position in range(len(dataset))]
-    finally:
-        random_states.restore()
-    if not items:
-        raise InvalidInputError(f"{type(dataset).__name__} has no example")
-    return _ReadDataset(
-        items,
-        loader.collate_fn if loader is not None else default_collate,
-        list(dataset.indices) if isinstance(dataset, Subset) else None,
-        loader.batch_size if loader is not None else None,
-    )
 
 
 def _as_inputs(inputs: Any) -> Inputs:

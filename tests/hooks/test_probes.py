@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
+import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
 from sonde.hooks.probes import undisturbed
@@ -160,3 +163,38 @@ def test_targets_beside_a_dataset_are_refused() -> None:
     dataset = TensorDataset(torch.arange(5.0), torch.arange(5))
     with pytest.raises(InvalidInputError, match="the dataset brings its own"):
         Probe(dataset, torch.arange(5))
+
+
+def test_a_dataset_that_is_not_held_is_read_the_same_each_time(
+    tmp_path: Path, images: Tensor, classes: Tensor, conv_net: nn.Module
+) -> None:
+    dataset = Noisy(images, classes)
+    held = Probe(dataset, batch_size=5, name="held")
+    streamed = Probe(dataset, batch_size=5, name="streamed", in_memory=False)
+    state = torch.get_rng_state()
+    measures = [
+        measure
+        for probe in (held, streamed)
+        for measure in (
+            sonde.Activations(probe),
+            sonde.ExampleGradients(probe, F.cross_entropy),
+            sonde.Predictions(probe),
+        )
+    ]
+    with sonde.Recorder(tmp_path / "run", conv_net, measures, on_error="raise") as recorder:
+        recorder.measure()
+    assert torch.equal(state, torch.get_rng_state())
+    run = sonde.open_run(tmp_path / "run")
+    for measure in ("activations", "example_gradients"):
+        for layer in run[measure, "held"].layers:
+            np.testing.assert_array_equal(
+                run[measure, "held"].gram(layer=layer), run[measure, "streamed"].gram(layer=layer)
+            )
+    np.testing.assert_array_equal(run["predictions", "streamed"].targets, classes)
+    with pytest.raises(InvalidInputError, match="is not held in memory"):
+        _ = streamed.inputs
+
+
+def test_tensors_cannot_be_read_again(images: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match="`in_memory=False` needs a dataset"):
+        Probe(images, in_memory=False)
