@@ -189,6 +189,9 @@ class LiveOutputs(Observation):
         name = key.name
         if name in self._missing:
             return
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            self._missing[name] = "it was called inside a transform of torch.func"
+            return
         if tensor.is_nested or not tensor.is_floating_point():
             kind = "a nested tensor" if tensor.is_nested else f"{tensor.dtype}, not floating point"
             self._missing[name] = f"its output is {kind}"
@@ -230,7 +233,9 @@ class LiveOutputs(Observation):
             self._not_held.add(key)
         is_held = num_bytes > 0 and key not in self._not_held
         self._free_bytes -= num_bytes * is_held
-        self._parts[one][key] = self._store.part(features.detach(), is_held=is_held)
+        # The training's autocast would multiply in half precision.
+        with torch.autocast(features.device.type, enabled=False):
+            self._parts[one][key] = self._store.part(features.detach(), is_held=is_held)
 
     def _let_go(self, key: _Key) -> None:
         """Free what is held of a layer that cannot be joined any more."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 OnCall: TypeAlias = Callable[[str, nn.Module, Any, Any], Any]
 """Called with the name of the call, the module, its first input and its output.
@@ -145,8 +145,8 @@ def tensor_leaves(output: Any) -> list[tuple[str, Tensor]]:
 
     Returns:
         (suffix, tensor) pairs. The suffix is empty for an output that is one tensor, otherwise it
-        is the way to the tensor, such as `[0]` or `[hidden][1]`. Packed sequences have no batch
-        dimension and are left out.
+        is the way to the tensor, such as `[0]` or `[hidden][1]`. A packed sequence is padded with
+        zeros, [batch, time, …].
     """
     leaves = list(_leaves(output, ""))
     if len(leaves) == 1:
@@ -178,7 +178,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, PackedSequence):
-        return
+        yield path, pad_packed_sequence(value, batch_first=True)[0]
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}[{key}]")

@@ -75,5 +75,9 @@ def test_a_single_tensor_has_no_suffix() -> None:
     assert [name for name, _ in tensor_leaves({"out": torch.ones(1)})] == [""]
 
 
-def test_packed_sequences_are_left_out() -> None:
-    assert tensor_leaves(pack_sequence([torch.ones(3, 1), torch.ones(2, 1)])) == []
+def test_packed_sequences_are_padded_in_the_order_of_the_examples() -> None:
+    sequences = [torch.ones(2, 1), 2 * torch.ones(3, 1)]
+    packed = pack_sequence(sequences, enforce_sorted=False)
+    ((suffix, padded),) = tensor_leaves(packed)
+    assert suffix == ""
+    assert padded[..., 0].tolist() == [[1, 1, 0], [2, 2, 2]]

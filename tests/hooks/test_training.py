@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import sonde
@@ -531,6 +534,137 @@ def test_every_layer_is_recorded_or_has_a_reason(tmp_path: Path) -> None:
         "frozen": "no gradient came back to it",
         "recurrent[1]": "no gradient came back to it",
     }
+
+
+class Layered(nn.Module):
+    """A model of one layer and a head, the layer given by a function of the inputs."""
+
+    def __init__(self, layer: nn.Module, apply: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.head, self._apply_layer = layer, nn.LazyLinear(3), apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self._apply_layer(self.layer, x).flatten(1)))
+
+
+class Halves(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).chunk(2, 1)
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def as_sequence(layer: nn.Module, x: Tensor) -> Tensor:
+    lengths = torch.tensor([3, 1, 2, 3, 2, 1])
+    packed = pack_padded_sequence(
+        x[:, None].expand(-1, 3, -1), lengths[: len(x)], batch_first=True, enforce_sorted=False
+    )
+    return torch.as_tensor(layer(packed)[1][0])
+
+
+AWKWARD: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], set[str], set[str]]] = {
+    # The layer, how it is used, and the names of its outputs and of the gradients of these.
+    "one of two views is unused": (
+        Halves(), lambda m, x: m(x)[0], {"layer[0]", "layer[1]"}, {"layer[0]"}
+    ),
+    "changed in place afterwards": (
+        nn.Linear(4, 4), lambda m, x: m(x).relu_(), {"layer"}, {"layer"}
+    ),
+    "works in place": (InPlace(), lambda m, x: m(x + 0), {"layer"}, set()),
+    "attention": (
+        nn.MultiheadAttention(4, 2, batch_first=True),
+        lambda m, x: m(x[:, None], x[:, None], x[:, None])[0],
+        {"layer[0]", "layer[1]"},
+        {"layer[0]"},
+    ),
+    "parametrized": (
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), lambda m, x: m(x),
+        {"layer"}, {"layer"},
+    ),
+    "lazy": (nn.LazyLinear(5), lambda m, x: m(x), {"layer"}, {"layer"}),
+    "batch in axis 1": (
+        nn.LSTM(4, 3), lambda m, x: m(x.expand(NUM_EXAMPLES, *x.shape))[0][-1],
+        {"layer[0]", "layer[1][0]", "layer[1][1]"}, {"layer[0]"},
+    ),
+    "a packed sequence": (
+        nn.GRU(4, 3, batch_first=True), as_sequence, {"layer[0]", "layer[1]"}, {"layer[1]"}
+    ),
+    "called by its forward": (nn.Linear(4, 4), lambda m, x: m.forward(x), set(), set()),
+    "inside torch.func": (
+        nn.Linear(4, 4), lambda m, x: torch.func.vmap(m)(x), set(), set()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_what_layers_do_is_recorded_or_has_a_reason(tmp_path: Path, case: str) -> None:
+    layer, apply, outputs, gradient_names = AWKWARD[case]
+    model, data = Layered(copy.deepcopy(layer), apply), batches(2)
+    is_whole = outputs == gradient_names == {"layer"}
+    with nullcontext() if is_whole else pytest.warns(UserWarning, match="lacks layer"):
+        layers = ["layer", "head"]
+        measures = [activations(layers), gradients(layers)]
+        run = record(tmp_path, model, measures, plain_loop(model, data))
+    for measure, names in (("activations", outputs), ("output_gradients", gradient_names)):
+        assert {name for name in run[measure].layers if name.startswith("layer")} == names
+        assert "head" in run[measure].layers
+    assert bool(missing(run)) != is_whole
+
+
+def test_examples_in_axis_1_of_the_inputs(tmp_path: Path) -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.RNN(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.head(self.rnn(x)[0]).mean(0))
+
+    model = TimeFirst()
+    inputs = torch.randn(NUM_EXAMPLES, NUM_EXAMPLES, 4)  # As many steps as examples.
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        F.cross_entropy(model(inputs), torch.arange(NUM_EXAMPLES) % 3).backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        expected = model.rnn(inputs)[0].transpose(0, 1).flatten(1)
+    source = sonde.Training(batch_dim=1)
+    run = record(tmp_path, model, [sonde.Activations(source, store=sonde.Full())], loop)
+    np.testing.assert_array_equal(features(run, "activations", "rnn[0]", 0), expected)
+    with pytest.raises(ValueError, match="the training is given in several ways"):
+        sonde.Recorder(tmp_path / "b", model, [sonde.Activations(source), gradients()])
+
+
+def test_half_precision_is_multiplied_in_float32(tmp_path: Path) -> None:
+    model, data = Net().eval(), batches(1)
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output.detach().clone()))
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(data[0].inputs), data[0].targets).backward()
+        optimizer.step()
+
+    run = record(tmp_path, model, [sonde.Activations(sonde.TRAINING, "0")], loop)
+    rows = kept[-1].double()
+    assert kept[-1].dtype == torch.bfloat16
+    np.testing.assert_allclose(run.activations["0"].gram(), rows @ rows.T, rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_model_is_compiled_once(tmp_path: Path) -> None:
+    model, data = Net().eval(), batches(6)
+    counter = CompileCounter()
+    compiled = cast("nn.Module", torch.compile(model, backend=counter))
+    when = sonde.at(0, 2, 3)
+    record(tmp_path, compiled, [activations(), gradients()], plain_loop(compiled, data), when=when)
+    assert counter.frame_count == 1
 
 
 def test_a_resumed_training_records_the_step_of_its_checkpoint(tmp_path: Path) -> None:
