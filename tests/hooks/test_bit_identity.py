@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sonde
-from sonde.hooks import Measure, Recording, Subject
+from sonde.hooks import TRAINING, Measure, Recording, Subject
 from sonde.hooks.measures.base import ProbeMeasure
 
 from .models import GPT, LSTMClassifier
@@ -124,6 +124,7 @@ def probe_measures(task: Task) -> list[Measure]:
 
 MEASURES: dict[str, Callable[[Task], list[Measure]]] = {
     "on a probe": probe_measures,
+    "of the training": lambda _: [sonde.Activations(TRAINING), sonde.OutputGradients(TRAINING)],
 }
 
 
@@ -192,6 +193,8 @@ def train(
                 if given.is_floating_point():
                     given += float(np.random.randn()) * 0.1 + random.random() * 0.1
                 loss = task.loss(outputs_of(given), targets[batch]) / len(batches)
+            if recorder is not None:
+                recorder.batch(ids=batch, targets=targets[batch], loss=loss)
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -284,13 +287,21 @@ def test_a_recorded_training_is_bit_identical(
     if mode == "inductor":
         request.getfixturevalue("inductor")
     measures = MEASURES[kind](TASKS[task])
+    is_live = any(measure.training is not None for measure in measures)
     trace = recorded(task, optimizer, mode, measures, tmp_path / "run")
-    assert trace.differences(bare(task, optimizer, mode)) == []
+    # In band a due step runs eagerly, and what inductor compiles rounds and draws in its own way.
+    compared = "plain" if is_live and mode == "inductor" else mode
+    assert trace.differences(bare(task, optimizer, compared)) == []
     run = sonde.open_run(tmp_path / "run")
-    assert sorted(run.measures) == sorted(measure.name for measure in measures)
-    for measure in measures:
-        first = 0 if measure.training is None else 1
-        assert set(run.steps(measure.name)) >= set(range(first, NUM_STEPS))
+    if is_live and mode == "reentrant checkpoints" and task != "GPT":
+        # The whole model runs in one checkpoint, and in its first pass without gradients.
+        assert run.measures == []
+        reasons = {note["reason"] for note in run.notes if note["event"] == "missing"}
+        assert reasons == {"no gradient came back to a forward pass between this step and the next"}
+    else:
+        for measure in measures:
+            num_due = NUM_STEPS + 1 if measure.training is None else NUM_STEPS
+            assert run.steps(measure.name) == list(range(num_due))
     counts["trainings compared bit by bit"] += 1
 
 
