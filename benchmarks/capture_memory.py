@@ -8,6 +8,9 @@ besides the features of its memory budget (1 GiB, the default of `Activations`);
 number of images that the model saw, divided by those in the probe. CPU time is of the recording
 process.
 
+Peaks differ between runs by what glibc's malloc does not give back: memory freed below small blocks
+that are still in use. `MALLOC_MMAP_THRESHOLD_=1048576` in the environment takes that out.
+
 Run `python benchmarks/capture_memory.py` (Linux). It takes minutes; `--images 256 --batch-size 64`
 takes less.
 """
