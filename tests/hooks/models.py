@@ -72,10 +72,9 @@ class MixerBlock(nn.Module):
     def __init__(self, num_patches: int, width: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.patches = nn.Sequential(
-            nn.Linear(num_patches, 8), nn.GELU(), nn.Linear(8, num_patches)
-        )
-        self.channels = nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width))
+        gelu = nn.GELU()  # Shared, so it is called twice.
+        self.patches = nn.Sequential(nn.Linear(num_patches, 8), gelu, nn.Linear(8, num_patches))
+        self.channels = nn.Sequential(nn.Linear(width, 8), gelu, nn.Linear(8, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.patches(self.norm_1(x).mT).mT
@@ -94,6 +93,20 @@ class Mixer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(self.stem(images).flatten(2).mT)
         return torch.as_tensor(self.head(self.norm(x).mean(1)))
+
+
+class CallCount(nn.Module):
+    """Changes a buffer in every pass, in eval mode too, and its output with it."""
+
+    num_calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        return x + 1e-3 * self.num_calls.clone()
 
 
 class LSTMClassifier(nn.Module):

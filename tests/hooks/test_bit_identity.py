@@ -28,7 +28,7 @@ import sonde
 from sonde.hooks import TRAINING, Measure, Recording, Subject
 from sonde.hooks.measures.base import ProbeMeasure
 
-from .models import GPT, LSTMClassifier
+from .models import GPT, CallCount, LSTMClassifier
 
 models = pytest.importorskip("torchvision").models
 
@@ -74,6 +74,7 @@ def mlp() -> nn.Module:
         nn.BatchNorm1d(16),
         nn.ReLU(inplace=True),
         nn.Dropout(0.3),
+        CallCount(),
         nn.Linear(16, 5),
     )
 

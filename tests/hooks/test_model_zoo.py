@@ -119,7 +119,8 @@ REGIONS = {  # Regions of all images stand in one axis.
     "rpn.anchor_generator*": NO_AXIS,
     "roi_heads.box*": NO_AXIS,
 }
-IMAGE, CLIP, SEQUENCE = (3, 32, 32), (3, 2, 16, 16), (6, 8)
+IMAGE, CLIP = (3, 32, 32), (3, 2, 16, 16)
+SEQUENCE = (BATCH_SIZE, 8)  # As many time steps as examples, which are not to be mixed up.
 
 VISION = [
     vision("alexnet", (3, 64, 64)),
