@@ -22,6 +22,9 @@ from torch import Tensor
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
+_DENSE_DIM = 256
+_DENSE_FEATURES = 4096
+
 
 class Accumulator(ABC):
     """Takes the features of one layer, batch by batch, in the order of the examples."""
@@ -170,8 +173,8 @@ class Gram(Store):
         batch = batch.to(self.dtype_for(batch.dtype), copy=is_held)
         if self.block is not None:
             blocks = batch.split(self.block)
-            return Part(torch.cat([(rows @ rows.T).flatten() for rows in blocks]))
-        return Part(batch @ batch.T, batch if is_held else None)
+            return Part(torch.cat([_self_product(rows).flatten() for rows in blocks]))
+        return Part(_self_product(batch), batch if is_held else None)
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
         """Return the matrix of all examples.
@@ -244,9 +247,19 @@ class Sketch(Store):
         batch = _as_matrix(features)
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
         bucket, sign = _projection(batch.shape[1], self.dim, self.seed)
-        signed = (batch.to(dtype) * sign.to(batch.device, dtype)).T
-        sums = torch.zeros(self.dim, len(batch), dtype=dtype, device=batch.device)
-        return Part(sums.index_add_(0, bucket.to(batch.device), signed).T.cpu())
+        bucket, sign = bucket.to(batch.device), sign.to(batch.device, dtype)
+        batch = batch.to(dtype)
+        if self.dim > _DENSE_DIM:
+            sums = torch.zeros(self.dim, len(batch), dtype=dtype, device=batch.device)
+            return Part(sums.index_add_(0, bucket, (batch * sign).T).T)
+        sums = torch.zeros(len(batch), self.dim, dtype=dtype, device=batch.device)
+        for start in range(0, batch.shape[1], _DENSE_FEATURES):
+            some = slice(start, start + _DENSE_FEATURES)
+            # Nearly all of it is zero; for a small dim a product of matrices is faster yet.
+            projection = torch.zeros(len(sign[some]), self.dim, dtype=dtype, device=batch.device)
+            projection.scatter_(1, bucket[some, None], sign[some, None])
+            sums.addmm_(batch[:, some], projection)
+        return Part(sums)
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
         """Return the sketches of all examples."""
@@ -369,7 +382,7 @@ class _GramAccumulator(Accumulator):
             torch.mm(batch, other.T, out=self._gram[rows, columns])
             self._gram[columns, rows] = self._gram[rows, columns].T
         if is_held:
-            self._gram[rows, rows] = batch @ batch.T
+            self._gram[rows, rows] = _self_product(batch)
         if is_needed:
             self._held.append((rows, batch))
         if rows.stop == self._num_examples:
@@ -397,6 +410,15 @@ class _PartAccumulator(Accumulator):
 def _as_matrix(features: Tensor) -> Tensor:
     values = features.detach()
     return values.flatten(1) if values.ndim > 1 else values[:, None]
+
+
+def _self_product(batch: Tensor) -> Tensor:
+    """Return the matrix of inner products of rows."""
+    if batch.device.type != "cpu":
+        return batch @ batch.T
+    # NumPy sees that the result is symmetric, and computes half of it.
+    values = batch.numpy()
+    return torch.from_numpy(values @ values.T)
 
 
 def _check_widths(widths: Sequence[int]) -> None:

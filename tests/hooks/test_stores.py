@@ -184,3 +184,15 @@ def test_some_units_are_columns_of_all(tmp_path: Path) -> None:
 def test_a_block_too_small_to_be_centred_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`block` \(=3\) must be >= 4"):
         sonde.Gram(block=3)
+
+
+@pytest.mark.parametrize("dim", [1, 64, 256, 257, 1000])
+def test_each_feature_goes_to_one_sum_with_a_sign(dim: int) -> None:
+    num_features = 5000  # More than are projected at a time.
+    columns = stored(Sketch(dim), torch.eye(num_features)[::611])
+    assert np.array_equal(np.abs(columns).sum(1), np.ones(len(columns)))
+    features = torch.randn(3, num_features, generator=torch.Generator().manual_seed(2))
+    sums = np.zeros((3, dim))
+    for feature, column in enumerate(stored(Sketch(dim), torch.eye(num_features))):
+        sums += features[:, feature, None].double().numpy() * column
+    np.testing.assert_allclose(stored(Sketch(dim), features), sums, rtol=1e-4, atol=1e-4)
