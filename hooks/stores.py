@@ -51,8 +51,13 @@ class Store(ABC):
     """A form in which features can be kept."""
 
     @abstractmethod
-    def accumulator(self, num_examples: int) -> Accumulator:
-        """Return an accumulator for one layer and one pass over `num_examples` examples."""
+    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
+        """Return an accumulator for one layer and one pass over `num_examples` examples.
+
+        Args:
+            num_examples: Their number.
+            none: The features of no example, [0, …].
+        """
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
         """Return how many bytes of an example are held while later batches come."""
@@ -137,7 +142,7 @@ class Gram(Store):
                 "precision loses what centring leaves"
             )
 
-    def accumulator(self, num_examples: int) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
         return (
             _GramAccumulator(self, num_examples) if self.block is None else _PartAccumulator(self)
@@ -234,9 +239,9 @@ class Sketch(Store):
         if self.dim < 1:
             raise InvalidInputError(f"`dim` (={self.dim}) must be >= 1")
 
-    def accumulator(self, num_examples: int) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
-        return _PartAccumulator(self)
+        return _RowsAccumulator(self, num_examples, none)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer, whatever the shape of its features."""
@@ -263,7 +268,7 @@ class Sketch(Store):
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
         """Return the sketches of all examples."""
-        sketches = torch.cat([part.values for part in parts])
+        sketches = _one_behind_the_other(parts)
         return to_log_array(sketches, "sketch", ("example", "sketch"), layer)
 
     def describe(self) -> dict[str, Any]:
@@ -300,9 +305,9 @@ class Full(Store):
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidInputError(f"`dtype` (={self.dtype}) must be a floating-point type")
 
-    def accumulator(self, num_examples: int) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
         """Return an accumulator that holds the features of the examples so far."""
-        return _PartAccumulator(self)
+        return _RowsAccumulator(self, num_examples, none)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer."""
@@ -328,7 +333,7 @@ class Full(Store):
             InvalidInputError: If their number differs.
         """
         _check_widths([part.values.shape[1] for part in parts])
-        features = torch.cat([part.values for part in parts])
+        features = _one_behind_the_other(parts)
         return to_log_array(features, "full", ("example", f"feature_{features.shape[1]}"), layer)
 
     def describe(self) -> dict[str, Any]:
@@ -407,6 +412,27 @@ class _PartAccumulator(Accumulator):
         return self._store.join(self._parts, layer)
 
 
+class _RowsAccumulator(Accumulator):
+    """Takes rows of examples into one tensor, which is there before the model runs.
+
+    Many small ones, made in between, would keep the memory of large ones from being given back.
+    """
+
+    def __init__(self, store: Store, num_examples: int, none: Tensor) -> None:
+        self._store = store
+        kept = store.part(none, is_held=False).values
+        self._rows = kept.new_empty(num_examples, kept.shape[1])
+        self._next = 0
+
+    def add(self, features: Tensor, *, is_held: bool = True) -> None:
+        values = self._store.part(features, is_held=False).values
+        self._rows[self._next : self._next + len(values)] = values
+        self._next += len(values)
+
+    def result(self, layer: str) -> LogArray:
+        return self._store.join([Part(self._rows)], layer)
+
+
 def _as_matrix(features: Tensor) -> Tensor:
     values = features.detach()
     return values.flatten(1) if values.ndim > 1 else values[:, None]
@@ -419,6 +445,11 @@ def _self_product(batch: Tensor) -> Tensor:
     # NumPy sees that the result is symmetric, and computes half of it.
     values = batch.numpy()
     return torch.from_numpy(values @ values.T)
+
+
+def _one_behind_the_other(parts: Sequence[Part]) -> Tensor:
+    values = [part.values for part in parts]
+    return torch.cat(values) if len(values) > 1 else values[0]
 
 
 def _check_widths(widths: Sequence[int]) -> None:

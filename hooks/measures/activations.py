@@ -17,7 +17,7 @@ from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Accumulator, Gram, Store
+from sonde.hooks.stores import Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import Training, TrainingStep
 
@@ -115,7 +115,8 @@ class Activations(LayerMeasure):
 
         In a full batch another axis may have the same size by chance, such as the time steps.
         """
-        run = _SmallRun(2 if min(probe.batch_size, probe.num_examples) > 2 else 1)
+        num_rows = 2 if min(probe.batch_size, probe.num_examples) > 2 else 1
+        run = _SmallRun(num_rows, device_of(model))
 
         def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
             for suffix, tensor in tensor_leaves(output):
@@ -134,18 +135,26 @@ class _SmallRun:
     """The outputs of layers for a few examples."""
 
     num_examples: int
+    device: torch.device
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def kept_bytes(self, store: Store, num_examples: int) -> int:
         """Return what the store keeps of all outputs of so many examples, in bytes."""
-        total = 0
+        return sum(
+            store.kept_bytes(num_examples, none.shape[1:], none.dtype)
+            for none in self.none().values()
+        )
+
+    def none(self) -> dict[str, Tensor]:
+        """Return each output that has an axis of examples, for no example at all."""
+        found = {}
         for name, shape in self.shapes.items():
             if self.num_examples in shape and self.dtypes[name].is_floating_point:
                 axis = shape.index(self.num_examples)
                 rest = [*shape[:axis], *shape[axis + 1 :]]
-                total += store.kept_bytes(num_examples, rest, self.dtypes[name])
-        return total
+                found[name] = torch.empty(0, *rest, dtype=self.dtypes[name], device=self.device)
+        return found
 
     def held_bytes(self, store: Store) -> dict[str, int]:
         """Return what the store holds of an example of each output, in bytes."""
@@ -160,14 +169,16 @@ class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
     def __init__(self, store: Store, num_examples: int, small: _SmallRun) -> None:
-        self._store = store
         self._num_examples = num_examples
         self._small = small
         self._axes: dict[str, int | None] = {}
         self._held: Pass = {}
-        self._accumulators: dict[str, Accumulator] = {}
+        none = small.none()
+        self._accumulators = {
+            name: store.accumulator(num_examples, features) for name, features in none.items()
+        }
         self._counts: Counter[str] = Counter()
-        self._shapes: dict[str, list[int]] = {}
+        self._shapes = {name: list(features.shape[1:]) for name, features in none.items()}
         self._missing: dict[str, str] = {}
         self._called: set[nn.Module] = set()
 
@@ -233,10 +244,6 @@ class _Outputs:
         if name not in self._held:
             return  # It is the turn of others.
         features = tensor.movedim(axis, 0)
-        if name not in self._accumulators:
-            self._accumulators[name] = self._store.accumulator(self._num_examples)
-            self._accumulators[name].start(self._first)
-            self._shapes[name] = list(features.shape[1:])
         if self._shapes[name] != list(features.shape[1:]):
             self._missing[name] = (
                 f"its output for an example changes in shape between batches: "

@@ -284,8 +284,9 @@ def outputs_of(
         calls[name] += 1
         found = list(leaves(output))
         for way, tensor in found if len(found) != 1 else [("", found[0][1])]:
-            sketch = STORE.accumulator(1)
-            sketch.add(tensor.reshape(1, -1).float())
+            row = tensor.reshape(1, -1).float()
+            sketch = STORE.accumulator(1, row[:0])
+            sketch.add(row)
             sketches[f"{name}#{number}{way}" if number else name + way] = sketch.result(name).values
         if not found:
             sketches[name] = None

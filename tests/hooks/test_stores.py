@@ -18,7 +18,7 @@ from sonde.hooks import Full, Gram, Sketch, Store
 
 
 def stored(store: Store, features: Tensor, sizes: list[int] | None = None) -> Any:
-    accumulator = store.accumulator(len(features))
+    accumulator = store.accumulator(len(features), features[:0])
     for batch in features.split(sizes or [len(features)]):
         accumulator.add(batch)
     return accumulator.result("layer").values
@@ -35,7 +35,7 @@ def test_gram_of_batches_is_that_of_the_whole(sizes: list[int], width: int, seed
 
 def test_gram_takes_features_before_they_are_overwritten() -> None:
     features = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    accumulator = Gram().accumulator(4)
+    accumulator = Gram().accumulator(4, torch.empty(0, 1))
     for start in (0, 2):
         batch = features[start : start + 2].clone()
         accumulator.add(batch)
