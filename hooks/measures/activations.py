@@ -24,6 +24,9 @@ from sonde.hooks.training import Training, TrainingStep
 from .base import Recording, Subject
 from .layer_measure import LayerMeasure
 
+# The share of the memory that features have at least, as one part in so many.
+_LEAST_SHARE = 4
+
 
 class Activations(LayerMeasure):
     """Record layer outputs: on a probe, in eval mode, or those of the training itself.
@@ -41,10 +44,11 @@ class Activations(LayerMeasure):
         source: The examples: a `Probe`, what one takes, or `TRAINING`.
         layers: Globs, module types or predicates; None takes every module without children.
         store: The form kept: `Gram()`, `Sketch(dim)` or `Full()`.
-        memory: How many bytes of features `Gram` may hold. With more examples than the probe's
-            `batch_size` it needs those of earlier batches again; what does not fit is held in
-            another pass over the probe. Of the training, which cannot be repeated, layers that do
-            not fit lack steps of several micro-batches.
+        memory: How many bytes `Gram` may hold: its matrices and, with more examples than the
+            probe's `batch_size`, features of earlier batches. Features that do not fit beside the
+            matrices are held in another pass over the probe; they have a quarter of it at least.
+            Of the training, which cannot be repeated, layers whose features do not fit lack steps
+            of several micro-batches.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
@@ -94,7 +98,9 @@ class Activations(LayerMeasure):
             starts = range(0, probe.num_examples, batch_size)
             sizes = [min(batch_size, probe.num_examples - start) for start in starts]
             outputs = _Outputs(self.store, probe.num_examples, small)
-            for held in plan_passes(small.held_bytes(self.store), sizes, self.memory):
+            kept_bytes = small.kept_bytes(self.store, probe.num_examples)
+            free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
+            for held in plan_passes(small.held_bytes(self.store), sizes, free_bytes):
                 first = min((batches.start for batches in held.values()), default=0)
                 outputs.start_pass(held, starts[first])
                 for batch in range(first, len(starts)):
