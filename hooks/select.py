@@ -50,7 +50,8 @@ def select_layers(
         model: The model.
         selectors: Globs over canonical names (`layer*.conv?`), module types, or predicates of
             (name, module). A glob behind `-` takes layers out again, whatever took them; where
-            nothing else is given, out of every module without children, which None takes, too.
+            nothing else is given, out of what None takes, too: every module without children, and
+            nn.MultiheadAttention in place of its child, which it never calls.
 
     Raises:
         LayerNotFoundError: If a selector takes nothing, or all is taken out again.
@@ -63,8 +64,10 @@ def select_layers(
         selectors = [selectors]
     excluding = [s for s in selectors if isinstance(s, str) and s.startswith("-")]
     taken: set[str] = set()
-    for selector in [s for s in selectors if s not in excluding] or [_is_leaf]:
+    for selector in [s for s in selectors if s not in excluding]:
         taken |= _matches(selector, layers)
+    if len(selectors) == len(excluding):
+        taken = _leaves(layers)
     for exclusion in excluding:
         taken -= _matches(exclusion[1:], layers)
     if not taken:
@@ -103,8 +106,14 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
-def _is_leaf(_: str, module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+def _leaves(layers: Mapping[str, nn.Module]) -> set[str]:
+    whole = [module for module in layers.values() if isinstance(module, nn.MultiheadAttention)]
+    inside = {child for module in whole for child in module.modules()}.difference(whole)
+    return {
+        name
+        for name, module in layers.items()
+        if module in whole or (module not in inside and next(module.children(), None) is None)
+    }
 
 
 def _matches(selector: Selector, layers: Mapping[str, nn.Module]) -> set[str]:

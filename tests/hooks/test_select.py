@@ -103,3 +103,11 @@ def test_script_modules_are_refused_by_name() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(UnsupportedModelError, match="is a ScriptModule"):
         layers_of(scripted)
+
+
+def test_attention_stands_for_the_child_it_never_calls() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    names = list(select_layers(model))
+    assert names[:2] == ["self_attn", "linear1"]
+    assert list(select_layers(nn.MultiheadAttention(8, 2))) == [""]
+    assert list(select_layers(model, "self_attn.*")) == ["self_attn.out_proj"]
