@@ -83,8 +83,9 @@ class LiveOutputs(Observation):
         Raises:
             Exception: What went wrong in a hook, which never raises into the training.
         """
-        if self._error is not None:
-            raise self._error
+        error = self._error or self._step.error
+        if error is not None:
+            raise error
         micro_batches = self._step.micro_batches
         if not micro_batches:
             reason = "no gradient came back to a forward pass between this step and the next"
@@ -99,6 +100,8 @@ class LiveOutputs(Observation):
             if not any(calls[name] for calls in self._calls.values()):
                 self._missing[name] = "it was never called in the forward pass"
         examples, attributes = _describe(micro_batches, of_gradients=self._of_gradients)
+        if self._step.num_late_passes:
+            attributes["late_passes"] = self._step.num_late_passes
         sizes = self._store.block_sizes([micro_batch.num_examples for micro_batch in micro_batches])
         if sizes is not None:
             attributes["block_sizes"] = sizes
@@ -143,7 +146,11 @@ class LiveOutputs(Observation):
         """Let nothing out of a hook, neither a value nor an exception."""
 
         def call(*args: Any) -> None:
-            if self._error is None and not torch.compiler.is_compiling():
+            if (
+                self._error is None
+                and self._step.error is None
+                and not torch.compiler.is_compiling()
+            ):
                 try:
                     function(*args)
                 except Exception as error:

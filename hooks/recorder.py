@@ -264,16 +264,14 @@ class Recorder:
             A context manager; it need not be used as one.
         """
         step = None if self._live is None else self._live.step
-        batch = Batch()
         if step is not None:
             try:
-                batch = make_batch(ids, targets, loss, reduction)
+                return BatchContext(step, make_batch(ids, targets, loss, reduction), loss)
             except Exception as error:
                 if self._on_error == "raise":
                     raise
                 self._warn(f"recorder.batch() is ignored: {error}", once="batch")
-                step, loss = None, None
-        return BatchContext(step, batch, loss)
+        return BatchContext(None, Batch(), None)
 
     def state_dict(self) -> dict[str, int]:
         """Return what a checkpoint has to hold for the recording to go on from it.

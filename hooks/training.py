@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -111,6 +112,11 @@ class TrainingStep:
     Args:
         model: The model, without wrappers.
         axes: How the batch axis of layer outputs is found.
+
+    Attributes:
+        axes: The same.
+        error: What went wrong in a hook, which never raises into the training.
+        num_late_passes: The number of passes left out as the weights had changed.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
@@ -122,10 +128,13 @@ class TrainingStep:
         self._told: Batch | None = None  # Of the micro-batch that comes next.
         self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
         self._versions = self._parameter_versions()
+        self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
+        self.error: Exception | None = None
+        self.num_late_passes = 0
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
-        self._stack.callback(add_hook(model, self._enter, is_before=True))
-        self._stack.callback(add_hook(model, self._leave, is_last=True))
+        self._stack.callback(add_hook(model, self._guarded(self._enter), is_before=True))
+        self._stack.callback(add_hook(model, self._guarded(self._leave), is_last=True))
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -171,6 +180,8 @@ class TrainingStep:
             loss: The loss, before its backward pass.
             is_ahead: The forward pass is still to come, for certain.
         """
+        if self.error is not None:
+            return
         last = self._micro_batches[-1] if self._micro_batches else None
         if is_ahead or last is None or last.has_gradients:
             self._told, self._is_apart = batch, True
@@ -198,9 +209,17 @@ class TrainingStep:
         if batch.num_examples is not None:
             micro_batch.size = batch.num_examples
 
+    def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if self.error is None and not torch.compiler.is_compiling() and not is_recomputing():
+                try:
+                    hook(*args)
+                except Exception as error:
+                    self.error = error
+
+        return call
+
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or is_recomputing():
-            return
         self._depth += 1
         if self._depth > 1:
             return
@@ -214,11 +233,12 @@ class TrainingStep:
             micro_batch.passes.append(self._running)
 
     def _leave(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or is_recomputing():
-            return
         self._depth -= 1
         if self._depth or self._running is None:
             return
+        if self._is_lazy:  # This pass has made the parameters.
+            self._is_lazy = False
+            self._versions = self._parameter_versions()
         for _suffix, tensor in tensor_leaves(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._running.confirm)
@@ -234,6 +254,7 @@ class TrainingStep:
             if size == last.size or (last.batch is not None and last.batch.num_examples):
                 return last
         if self._versions != self._parameter_versions():
+            self.num_late_passes += 1
             return None
         micro_batch = MicroBatch(size)
         if told is not None:

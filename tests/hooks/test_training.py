@@ -461,6 +461,62 @@ def test_a_measure_that_fails_in_a_hook_does_not_end_the_training(
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_model_whose_outputs_cannot_be_looked_at_is_trained_all_the_same(
+    tmp_path: Path,
+) -> None:
+    class Cursed(dict[str, Tensor]):
+        def items(self) -> Any:
+            raise RuntimeError("do not look")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Any:
+            return Cursed(logits=self.net(x))
+
+    model, data = Model(), batches(3)
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        for batch in data:
+            F.cross_entropy(model(batch.inputs)["logits"], batch.targets).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="failed at step 0 and is switched off.*do not look"):
+        run = record(tmp_path, model, [activations()], loop, on_error="warn")
+    assert run.measures == []
+
+
+def test_micro_batches_of_a_lazy_model_and_of_weights_that_change(tmp_path: Path) -> None:
+    class Renormalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy, self.head = nn.LazyLinear(4), nn.Linear(4, 3)
+            self.is_changing = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.is_changing:
+                with torch.no_grad():
+                    self.head.weight.mul_(0.9)
+            return torch.as_tensor(self.head(self.lazy(x)))
+
+    model, data = Renormalized(), batches(2)
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        for is_changing in (False, True):
+            model.is_changing = is_changing
+            for batch in data:
+                F.cross_entropy(model(batch.inputs), batch.targets).backward()
+            optimizer.step()
+
+    run = record(tmp_path, model, [activations()], loop)
+    assert run.activations.attributes(0)["micro_batches"] == [NUM_EXAMPLES] * 2
+    assert "late_passes" not in run.activations.attributes(0)
+    assert run.activations.attributes(1)["micro_batches"] == [NUM_EXAMPLES]
+    assert run.activations.attributes(1)["late_passes"] == 1
+
+
 def test_wrong_ids_are_refused_without_ending_the_training(tmp_path: Path) -> None:
     model, data = Net(), batches(1)
 
