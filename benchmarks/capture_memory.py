@@ -39,6 +39,7 @@ MIB = 1 << 20
 STORES: dict[str, Callable[[], sonde.Gram | sonde.Sketch]] = {
     "sonde, Gram()": sonde.Gram,
     "sonde, Sketch(64)": partial(sonde.Sketch, 64),
+    "sonde, Gram(block=256)": partial(sonde.Gram, block=256),
 }
 PLAIN = "plain"
 Facts = dict[str, float]

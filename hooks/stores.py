@@ -144,9 +144,9 @@ class Gram(Store):
 
     def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
-        return (
-            _GramAccumulator(self, num_examples) if self.block is None else _PartAccumulator(self)
-        )
+        if self.block is not None:
+            return _PartAccumulator(self)
+        return _GramAccumulator(self, num_examples, none)
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
         """Return how many bytes of an example are held while later batches come."""
@@ -362,10 +362,11 @@ def to_log_array(
 
 
 class _GramAccumulator(Accumulator):
-    def __init__(self, store: Gram, num_examples: int) -> None:
+    def __init__(self, store: Gram, num_examples: int, none: Tensor) -> None:
         self._store = store
         self._num_examples = num_examples
-        self._gram: Tensor | None = None
+        size = (num_examples, num_examples)
+        self._gram = torch.zeros(size, dtype=store.dtype_for(none.dtype), device=none.device)
         self._held: list[tuple[slice, Tensor]] = []
         self._next = 0
 
@@ -380,9 +381,6 @@ class _GramAccumulator(Accumulator):
         # Later batches need these features again, and the model may overwrite them.
         is_needed = is_held and rows.stop < self._num_examples
         batch = batch.to(self._store.dtype_for(batch.dtype), copy=is_needed)
-        if self._gram is None:
-            size = (self._num_examples, self._num_examples)
-            self._gram = torch.zeros(size, dtype=batch.dtype, device=batch.device)
         for columns, other in self._held:
             torch.mm(batch, other.T, out=self._gram[rows, columns])
             self._gram[columns, rows] = self._gram[rows, columns].T
@@ -394,7 +392,6 @@ class _GramAccumulator(Accumulator):
             self._held = []
 
     def result(self, layer: str) -> LogArray:
-        assert self._gram is not None  # An accumulator is made for the first batch.
         return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
 
 
