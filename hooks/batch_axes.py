@@ -40,7 +40,10 @@ def batch_axis(
     if len(shape) != len(small_shape):
         return None
     pairs = list(zip(shape, small_shape, strict=True))
-    return pairs.index((size, small_size)) if (size, small_size) in pairs else None
+    found = [axis for axis, pair in enumerate(pairs) if pair == (size, small_size)]
+    if size == small_size > 1 < len(found):
+        return None  # Any of them may be the one.
+    return found[0] if found else None
 
 
 class BatchAxes:
@@ -54,6 +57,7 @@ class BatchAxes:
         self._batch_dim = batch_dim
         self._small_size = 0
         self._small_shapes: dict[str, tuple[int, ...]] = {}
+        self._axes: dict[str, int] = {}  # As batches larger than the small one have shown.
         self._layers: dict[str, nn.Module] = {}
         self.problem: str | None = None
 
@@ -112,7 +116,13 @@ class BatchAxes:
         """Return the batch axis of an output of a layer's call; None if there is none."""
         if size is None:
             return None
-        return batch_axis(shape, size, self._small_shapes.get(name), self._small_size)
+        known = self._axes.get(name)
+        if size == self._small_size and known is not None:
+            return known if known < len(shape) and shape[known] == size else None
+        axis = batch_axis(shape, size, self._small_shapes.get(name), self._small_size)
+        if axis is not None and size != self._small_size:
+            self._axes[name] = axis
+        return axis
 
 
 def _is_plain(value: Any) -> bool:

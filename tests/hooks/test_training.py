@@ -698,6 +698,28 @@ def test_examples_in_axis_1_of_the_inputs(tmp_path: Path) -> None:
         sonde.Recorder(tmp_path / "b", model, [sonde.Activations(source), gradients()])
 
 
+def test_a_last_batch_as_small_as_the_one_that_was_looked_at(tmp_path: Path) -> None:
+    model = nn.LSTM(4, 3)  # Two time steps, and once two examples.
+    head = nn.Linear(3, 3)
+    whole = nn.ModuleDict({"rnn": model, "head": head})
+    whole.forward = lambda x: head(model(x)[0][-1])
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        for size in (NUM_EXAMPLES, 2):
+            inputs = torch.randn(2, size, 4)
+            F.cross_entropy(whole(inputs), torch.arange(size) % 3).backward()
+            optimizer.step()
+
+    source = sonde.Training(batch_dim=1)
+    measure = sonde.Activations(source, "rnn", sonde.Full())
+    expected = []
+    model.register_forward_hook(lambda _, __, output: expected.append(output[0].detach().clone()))
+    run = record(tmp_path, whole, [measure], loop)
+    for step in range(2):
+        rows = expected[step - 2].transpose(0, 1).flatten(1)
+        np.testing.assert_array_equal(features(run, "activations", "rnn[0]", step), rows)
+
+
 def test_half_precision_is_multiplied_in_float32(tmp_path: Path) -> None:
     model, data = Net().eval(), batches(1)
     kept: list[Tensor] = []
