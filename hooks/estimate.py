@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from sonde.sizes import size_text
+
 from .measures.base import Measure, Subject
 from .schedule import Schedule
-
-_COLUMNS = ("measure", "source", "one record", "records", "in all")
+from .text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,14 @@ class MeasureEstimate:
         return self.record_bytes * self.num_records
 
 
-class Estimate(Sequence[MeasureEstimate]):
+class Estimate(TextTable[MeasureEstimate]):
     """What each measure will write, as a list that prints as a table.
 
     Args:
         items: One per measure.
     """
 
-    def __init__(self, items: Sequence[MeasureEstimate]) -> None:
-        self._items = list(items)
-
-    def __getitem__(self, position: Any) -> Any:  # Any: an index gives an item, a slice a list.
-        return self._items[position]
-
-    def __len__(self) -> int:
-        return len(self._items)
+    _columns = ("measure", "source", "one record", "records", "in all")
 
     @property
     def step_bytes(self) -> int:
@@ -65,25 +57,11 @@ class Estimate(Sequence[MeasureEstimate]):
         """The bytes of the whole recording, as far as they are known."""
         return sum(item.num_bytes or 0 for item in self._items)
 
-    def __repr__(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-        rows = (
-            "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in self._rows()
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
-
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for item in self._items:
             count = "" if item.num_records is None else f"{item.num_records:,}"
-            whole = "" if item.num_records is None else size_text(item.num_bytes)
-            yield item.measure, item.source, size_text(item.record_bytes), count, whole
+            whole = "" if item.num_records is None else _text(item.num_bytes)
+            yield item.measure, item.source, _text(item.record_bytes), count, whole
 
 
 def estimate(
@@ -130,14 +108,5 @@ def _num_due(schedule: Schedule, num_steps: int, steps_per_epoch: int | None) ->
     return count
 
 
-def size_text(num_bytes: int | None) -> str:
-    """Write a size with its unit, such as `1.2 MiB`."""
-    if num_bytes is None:
-        return "unknown"
-    size = float(num_bytes)
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+def _text(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else size_text(num_bytes)

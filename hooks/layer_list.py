@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from torch import nn
 from .probes import Probe, call, device_of, undisturbed
 from .select import Selector, select_layers, unwrap
 from .taps import tapped, tensor_leaves
-
-_COLUMNS = ("layer", "type", "parameters", "output")
+from .text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -35,35 +33,14 @@ class Layer:
     outputs: dict[str, tuple[int, ...]] | None
 
 
-class Layers(Sequence[Layer]):
+class Layers(TextTable[Layer]):
     """The layers a selector takes, as a list that prints as a table.
 
     Args:
         items: The layers.
     """
 
-    def __init__(self, items: Sequence[Layer]) -> None:
-        self._items = list(items)
-
-    def __getitem__(self, position: Any) -> Any:  # Any: an index gives a layer, a slice a list.
-        return self._items[position]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-        rows = (
-            "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in self._rows()
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+    _columns = ("layer", "type", "parameters", "output")
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for layer in self._items:

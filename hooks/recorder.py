@@ -23,10 +23,11 @@ from torch import nn
 from sonde.exceptions import InvalidInputError, SondeWarning
 from sonde.log import LogWriter
 from sonde.log.appender import Sync
+from sonde.sizes import size_text
 
 from . import closing
 from .environment import describe_model, environment, process_rank
-from .estimate import Estimate, estimate, size_text
+from .estimate import Estimate, estimate
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .run_directory import create_run

@@ -13,10 +13,11 @@ from typer.testing import CliRunner, Result
 
 from sonde import __version__
 from sonde.cli import app
-from sonde.cli.console import size_text, steps_text, thinned
+from sonde.cli.console import steps_text, thinned
 from sonde.log import LogArray, LogWriter
 from sonde.log.layout import write_run_file
 from sonde.log.seal import seal_run
+from sonde.sizes import size_text
 
 COMMANDS = "ls show cka stiffness boundary tensorboard export seal verify".split()
 LAYERS = ["conv1", "layer1.0.conv2", "layer1.0.relu", "fc"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +15,10 @@ from sonde.hooks.batch_axes import batch_axis
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
-from sonde.hooks.schedule import Schedule
-from sonde.hooks.select import Selector, select_layers
+from sonde.hooks.select import select_layers
 from sonde.hooks.stores import Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
-from sonde.hooks.training import Training, TrainingStep
+from sonde.hooks.training import TrainingStep
 
 from .base import Recording, Subject
 from .layer_measure import LayerMeasure
@@ -57,17 +56,10 @@ class Activations(LayerMeasure):
 
     name = "activations"
 
-    def __init__(
-        self,
-        source: Probe | Training | Any,
-        layers: Selector | Sequence[Selector] | None = None,
-        store: Store | None = None,
-        *,
-        memory: int = 1 << 30,
-        when: Schedule | None = None,
-    ) -> None:
-        super().__init__(source, layers, store, memory=memory, when=when)
-        self._small: WeakKeyDictionary[nn.Module, _SmallRun] = WeakKeyDictionary()
+    @cached_property
+    def _small(self) -> WeakKeyDictionary[nn.Module, _SmallRun]:
+        """What a small batch showed of each model."""
+        return WeakKeyDictionary()
 
     def observe(self, subject: Subject, step: TrainingStep) -> LiveOutputs:
         """Begin to take the outputs of the training's next forward passes."""

@@ -180,16 +180,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun.removesuffix('y') if ending == 'ies' else noun}{ending}"
 
 
-def size_text(num_bytes: float) -> str:
-    """Write a size with its unit: `1.2 MiB`."""
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if num_bytes < 1024:
-            break
-        num_bytes, unit = num_bytes / 1024, larger
-    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-
-
 def steps_text(steps: Sequence[int], *, every: bool = False) -> str:
     """Write steps as their span, with the distance where it is constant; all of them if `every`."""
     if every or len(steps) < 3:

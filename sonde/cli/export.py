@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sonde.exceptions import InvalidInputError
+from sonde.sizes import size_text
 
-from .console import plural, size_text, working
+from .console import plural, working
 from .options import RunPath
 
 if TYPE_CHECKING:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sonde.sizes import size_text
+
 from .console import (
     age_text,
     console,
     plural,
-    size_text,
     steps_text,
     table,
     time_text,
