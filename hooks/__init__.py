@@ -1,7 +1,7 @@
 """Hooks: what runs inside the training process and records it."""
 
 from .attach import attach
-from .examplegrads import ExampleGradientGrams, example_gradient_grams
+from .examplegrads import ExampleGradientResult, example_gradients
 from .layer_list import Layer, Layers, layers
 from .measures import (
     Activations,
@@ -14,6 +14,7 @@ from .measures import (
     Scalars,
     Subject,
 )
+from .module_rules import gradient_rule
 from .probes import Probe
 from .recorder import Recorder
 from .schedule import Schedule, at, epochs, every, log_spaced
@@ -25,7 +26,7 @@ __all__ = [
     "TRAINING",
     "Activations",
     "DecisionPlanes",
-    "ExampleGradientGrams",
+    "ExampleGradientResult",
     "ExampleGradients",
     "Full",
     "Gram",
@@ -47,7 +48,8 @@ __all__ = [
     "attach",
     "epochs",
     "every",
-    "example_gradient_grams",
+    "example_gradients",
+    "gradient_rule",
     "layers",
     "layers_of",
     "log_spaced",

@@ -1,198 +1,620 @@
-"""Rules: how a layer's calls give the per-example gradients of its parameters.
+"""Rules: how an operation with a parameter gives the per-example gradients of that parameter.
 
-A rule takes a module and its calls, each the input and the gradient with respect to the output of
-one batch, and returns a factor per parameter. Several calls of one module in a forward pass add up.
-A rule holds for every module whose `forward` is that of its type, subclasses included.
+A rule has the arguments of its function, behind the layout of the examples, and returns the
+parameters among them, each with a function that makes its gradients of those with respect to the
+outputs. What has no rule is evaluated again, for each example by itself, by `replayed`.
+
+Axes: n examples; t positions; g groups; o outputs; i inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .factors import Dense, Factor, Outer, Rows
+from .layouts import Deltas, Layout, UnsupportedError, Weight, widened
+from .recurrent_rules import (
+    gru,
+    gru_cell,
+    lstm,
+    lstm_cell,
+    rnn_cell_relu,
+    rnn_cell_tanh,
+    rnn_relu,
+    rnn_tanh,
+)
 
-
-class UnsupportedError(Exception):
-    """Per-example gradients of a parameter cannot be given exactly; the text says why."""
+Size: TypeAlias = int | Sequence[int] | str
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a module: its input, and the gradient with respect to its output.
+class Rule:
+    """A rule for a function.
 
-    Both have the examples on axis 0.
+    Attributes:
+        weights: (layout, *arguments of the function) to the parameters among them.
+        is_last_word: What it refuses is not evaluated for each example by itself either.
     """
 
-    inputs: Tensor
-    delta: Tensor
+    weights: Callable[..., list[Weight]]
+    is_last_word: bool = False
+
+    def __call__(self, layout: Layout, *args: Any, **kwargs: Any) -> list[Weight]:
+        """Return the parameters among the arguments of a call."""
+        return self.weights(layout, *args, **kwargs)
 
 
-Rule: TypeAlias = Callable[[Any, Sequence[Call]], dict[str, Factor]]
+def _linear(layout: Layout, input: Tensor, weight: Tensor, bias: Any = None) -> list[Weight]:
+    return _product(layout, input, weight, bias, is_transposed=False)
 
 
-def rule_for(module: nn.Module) -> Rule | None:
-    """Return the rule for a module, or None."""
-    if "forward" in vars(module):
-        return None  # Someone replaced it on this instance.
-    forward = type(module).forward
-    return next((rule for kind, rule in _RULES.items() if forward is kind.forward), None)
+def _matmul(layout: Layout, input: Tensor, other: Tensor) -> list[Weight]:
+    if other.ndim != 2 or input.ndim < 2:
+        raise UnsupportedError("a product with anything but a matrix")
+    return _product(layout, input, other, None, is_transposed=True)
 
 
-def _linear(module: nn.Linear, calls: Sequence[Call]) -> dict[str, Factor]:
-    inputs = torch.cat([_positions(call.inputs) for call in calls], dim=1)
-    delta = torch.cat([_positions(call.delta) for call in calls], dim=1)
-    weight = Outer(delta[:, None], lambda rows: inputs[rows, None], module.in_features)
-    return {"weight": weight, "bias": Dense(delta.sum(1))}
+def _addmm(
+    layout: Layout, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> list[Weight]:
+    if beta != 1 or alpha != 1 or input.ndim != 1:
+        raise UnsupportedError("a scaled sum")
+    return _product(layout, mat1, mat2, input, is_transposed=True)
 
 
-def _conv(module: nn.modules.conv._ConvNd, calls: Sequence[Call]) -> dict[str, Factor]:
-    groups = module.groups
-    # [n, channels, *positions] -> [n, g, t, o]
-    delta = torch.cat(
-        [call.delta.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3) for call in calls], dim=2
-    )
+def _product(
+    layout: Layout, inputs: Tensor, weight: Tensor, bias: Any, *, is_transposed: bool
+) -> list[Weight]:
+    inputs = inputs.detach()
 
-    def inputs(rows: slice) -> Tensor:
-        return torch.cat([_unfold(module, call.inputs[rows]) for call in calls], dim=2)
+    def of_weight(deltas: Deltas) -> Factor:
+        delta, source = layout.positions(deltas[0]), layout.positions(inputs)
+        num_inputs = source.shape[-1]
+        return Outer(delta[:, None], source[:, None], num_inputs, _as_is, is_transposed).compact()
 
-    num_inputs = module.in_channels // groups * math.prod(module.kernel_size)
-    return {
-        "weight": Outer(delta, inputs, num_inputs),
-        "bias": Dense(delta.sum(2).flatten(1)),
-    }
+    def of_bias(deltas: Deltas) -> Factor:
+        return Dense(layout.positions(deltas[0]).sum(1))
 
-
-def _unfold(module: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
-    """Return the patches a convolution sees, [n, g, positions, inputs · kernel]."""
-    num_axes = len(module.kernel_size)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padding = _padding(module)
-    patches = F.pad(inputs, padding, mode=mode) if any(padding) else inputs
-    for axis in range(num_axes):
-        kernel, dilation = module.kernel_size[axis], module.dilation[axis]
-        span = dilation * (kernel - 1) + 1
-        patches = patches.unfold(2 + axis, span, module.stride[axis])[..., ::dilation]
-    # [n, channels, *positions, *kernel] -> [n, g, t, i]
-    positions = tuple(range(2, 2 + num_axes))
-    kernel_axes = tuple(range(2 + num_axes, 2 + 2 * num_axes))
-    patches = patches.permute(0, *positions, 1, *kernel_axes).flatten(1, num_axes)
-    grouped: Tensor = patches.unflatten(2, (module.groups, -1))
-    return grouped.flatten(3).transpose(1, 2)
+    return [Weight(weight, of_weight), Weight(bias, of_bias)]
 
 
-def _padding(module: nn.modules.conv._ConvNd) -> list[int]:
-    """Return the padding in the order of F.pad: last axis first, (before, after) each."""
-    amounts: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "same":
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-            amounts += [total // 2, total - total // 2]
-        elif module.padding == "valid":
-            amounts += [0, 0]
+def _as_is(source: Tensor) -> Tensor:
+    return source
+
+
+@dataclass(frozen=True)
+class _Unfolding:
+    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions]."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, source: Tensor) -> Tensor:
+        maps = source.flatten(0, 1)
+        is_pointwise = all(size == 1 for size in (*self.kernel, *self.stride))
+        if is_pointwise and not any(self.padding):
+            patches = maps.flatten(2)
         else:
-            amounts += [cast(int, module.padding[axis])] * 2
-    return amounts
+            patches = self._patches(maps)
+        # [rows · k, g · i, t] -> [rows, g, k · t, i]
+        grouped = patches.unflatten(1, (self.groups, -1)).transpose(2, 3)
+        return _merge(grouped, source.shape[1])
+
+    def _patches(self, maps: Tensor) -> Tensor:
+        num_axes = len(self.kernel)
+        amounts = [amount for pad in reversed(self.padding) for amount in (pad, pad)]
+        patches = F.pad(maps, amounts) if any(amounts) else maps
+        for axis in range(num_axes):
+            span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            patches = patches.unfold(2 + axis, span, self.stride[axis])
+            patches = patches[..., :: self.dilation[axis]]
+        # [n, channels, *positions, *kernel] -> [n, channels · kernel, positions]
+        kernel_axes = range(2 + num_axes, 2 + 2 * num_axes)
+        patches = patches.permute(0, 1, *kernel_axes, *range(2, 2 + num_axes))
+        return patches.flatten(1, 1 + num_axes).flatten(2)
+
+    def form(self, delta: Tensor, source: Tensor) -> Tensor | None:
+        """Form gradients by one convolution over all examples, where that is faster: measured.
+
+        Args:
+            delta: Gradients with respect to the outputs, [n, 1, t, o].
+            source: What the layer was given, [n, 1, channels, height, width].
+
+        Returns:
+            The gradients [n, 1, o, i], or None.
+        """
+        n, g, t, o = delta.shape
+        channels = source.shape[2]
+        is_plain = g == source.shape[1] == 1 and len(self.kernel) == 2 and set(self.stride) == {1}
+        if (
+            not is_plain
+            or not 8 <= channels <= 64
+            or o > 64
+            or t < 64
+            or delta.device.type != "cpu"
+        ):
+            return None
+        maps = source.flatten(0, 2)[None]
+        height = source.shape[3] + 2 * self.padding[0] - self.dilation[0] * (self.kernel[0] - 1)
+        gradients = torch.ops.aten.convolution_backward(
+            delta.transpose(2, 3).reshape(1, n * o, height, -1),
+            maps,
+            maps.new_empty(n * o, channels, *self.kernel),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0, 0],
+            n,  # Each example is a group of channels.
+            [False, True, False],
+        )[1]
+        return cast(Tensor, gradients.view(n, 1, o, -1))
 
 
-def _embedding(module: nn.Embedding, calls: Sequence[Call]) -> dict[str, Factor]:
-    if module.scale_grad_by_freq:
+def _merge(values: Tensor, k: int) -> Tensor:
+    """[rows · k, g, t, f] -> [rows, g, k · t, f]."""
+    if k == 1:
+        return values
+    apart: Tensor = values.unflatten(0, (-1, k))
+    return apart.transpose(1, 2).flatten(2, 3)
+
+
+def _conv(
+    num_axes: int,
+    layout: Layout,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> list[Weight]:
+    kernel = tuple(weight.shape[2:])
+    dilations = _sizes(dilation, num_axes)
+    maps = input.detach()
+    if padding == "same":
+        totals = [d * (size - 1) for d, size in zip(dilations, kernel, strict=True)]
+        amounts = [x for total in reversed(totals) for x in (total // 2, total - total // 2)]
+        maps, padding = F.pad(maps, amounts), 0
+    elif padding == "valid":
+        padding = 0
+    unfolding = _Unfolding(
+        kernel, _sizes(stride, num_axes), _sizes(padding, num_axes), dilations, groups
+    )
+    num_inputs = math.prod(weight.shape[1:])
+
+    def of_weight(deltas: Deltas) -> Factor:
+        delta = layout.maps(deltas[0])
+        # [n, k, g · o, *positions] -> [n, g, k · t, o]
+        grouped = delta.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+        positions = _merge(grouped, delta.shape[1])
+        factor = Outer(positions, layout.maps(maps), num_inputs, unfolding)
+        factor.form_at_once = unfolding.form
+        return factor.compact()
+
+    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
+
+
+def _conv_transpose(
+    num_axes: int,
+    layout: Layout,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> list[Weight]:
+    # The gradient is that of the convolution from the outputs back to the inputs.
+    unfolding = _Unfolding(
+        tuple(weight.shape[2:]),
+        _sizes(stride, num_axes),
+        _sizes(padding, num_axes),
+        _sizes(dilation, num_axes),
+        groups,
+    )
+    maps = input.detach()
+    num_inputs = math.prod(weight.shape[1:])
+
+    def of_weight(deltas: Deltas) -> Factor:
+        given = layout.maps(maps)
+        grouped = given.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+        positions = _merge(grouped, given.shape[1])
+        return Outer(positions, layout.maps(deltas[0]), num_inputs, unfolding).compact()
+
+    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
+
+
+def _channel_sums(layout: Layout, deltas: Deltas) -> Factor:
+    return Dense(_over_channels(layout.maps(deltas[0])))
+
+
+def _over_channels(maps: Tensor) -> Tensor:
+    """Sum [n, k, channels, *positions] over all but examples and channels."""
+    return maps.flatten(3).sum((1, 3)) if maps.ndim > 3 else maps.sum(1)
+
+
+def _sizes(value: Any, num_axes: int) -> tuple[int, ...]:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * num_axes if len(sizes) == 1 else sizes
+
+
+def _embedding(
+    layout: Layout,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> list[Weight]:
+    if scale_grad_by_freq:
         raise UnsupportedError("scale_grad_by_freq makes a gradient depend on the other examples")
-    rows = torch.cat([call.inputs.reshape(len(call.inputs), -1) for call in calls], dim=1)
-    values = torch.cat([_positions(call.delta) for call in calls], dim=1)
-    if module.padding_idx is not None:
-        rows = torch.where(rows == module.padding_idx, -1, rows)
-    return {"weight": Rows(rows, values, module.num_embeddings)}
+    num_rows = len(weight)
+
+    def of_weight(deltas: Deltas) -> Factor:
+        rows = layout.batch_first(input).reshape(layout.num_examples, -1)
+        if padding_idx is not None:
+            rows = torch.where(rows == padding_idx % num_rows, -1, rows)
+        return Rows(rows, layout.positions(deltas[0]), num_rows)
+
+    return [Weight(weight, of_weight)]
 
 
-def _layer_norm(module: nn.LayerNorm, calls: Sequence[Call]) -> dict[str, Factor]:
-    shape = list(module.normalized_shape)
-    normalized = [F.layer_norm(call.inputs, shape, eps=module.eps) for call in calls]
-    return _scale_over_last(calls, normalized, len(shape))
+def _embedding_bag(
+    layout: Layout,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> list[Weight]:
+    if scale_grad_by_freq or mode == "max":
+        raise UnsupportedError(f"mode={mode!r}, scale_grad_by_freq={scale_grad_by_freq}")
+    num_rows = len(weight)
+    rows, scales = input, per_sample_weights
+    if offsets is not None:
+        rows, scales = _bags(input, offsets, scales, include_last_offset)
+    rows = rows if padding_idx is None else rows.masked_fill(rows == padding_idx % num_rows, -1)
+
+    def of_weight(deltas: Deltas) -> Factor:
+        delta = widened(deltas[0])
+        factors = (rows >= 0).to(delta.dtype)
+        if mode == "mean":
+            factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
+        if scales is not None:
+            factors = factors * scales.detach()
+        return Rows(rows, delta[:, None] * factors[..., None], num_rows)
+
+    return [Weight(weight, of_weight)]
 
 
-def _rms_norm(module: nn.RMSNorm, calls: Sequence[Call]) -> dict[str, Factor]:
-    shape = list(module.normalized_shape)
-    normalized = [F.rms_norm(call.inputs, shape, eps=module.eps) for call in calls]
-    return {"weight": _scale_over_last(calls, normalized, len(shape))["weight"]}
+def _bags(
+    indices: Tensor, offsets: Tensor, scales: Tensor | None, include_last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Bring bags that follow each other into rows, [bags, longest], padded with -1."""
+    starts = offsets[:-1] if include_last else offsets
+    ends = torch.cat([starts[1:], starts.new_tensor([len(indices)])])
+    sizes = ends - starts
+    column = torch.arange(max(1, int(sizes.max())), device=indices.device)
+    is_there = column < sizes[:, None]
+    at = (starts[:, None] + column).clamp(max=max(0, len(indices) - 1))
+    return indices[at].masked_fill(~is_there, -1), None if scales is None else scales[at]
 
 
-def _group_norm(module: nn.GroupNorm, calls: Sequence[Call]) -> dict[str, Factor]:
-    normalized = [F.group_norm(call.inputs, module.num_groups, eps=module.eps) for call in calls]
-    return _scale_over_channels(calls, normalized)
+def _layer_norm(
+    layout: Layout,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> list[Weight]:
+    def normalized() -> Tensor:
+        return F.layer_norm(input.detach(), normalized_shape, eps=eps)
+
+    return _scale_over_last(layout, len(normalized_shape), normalized, weight, bias)
 
 
-def _batch_norm(module: nn.BatchNorm2d, calls: Sequence[Call]) -> dict[str, Factor]:
-    mean, variance = module.running_mean, module.running_var
-    if module.training or mean is None or variance is None:
-        raise UnsupportedError("batch statistics make a gradient depend on the other examples")
-    normalized = [
-        F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=module.eps)
-        for x in (call.inputs for call in calls)
-    ]
-    return _scale_over_channels(calls, normalized)
+def _rms_norm(
+    layout: Layout,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    eps: float | None = None,
+) -> list[Weight]:
+    def normalized() -> Tensor:
+        return F.rms_norm(input.detach(), normalized_shape, eps=eps)
 
-
-def _instance_norm(module: nn.InstanceNorm2d, calls: Sequence[Call]) -> dict[str, Factor]:
-    use_statistics = module.training or not module.track_running_stats
-    normalized = [
-        F.instance_norm(
-            call.inputs,
-            module.running_mean,
-            module.running_var,
-            use_input_stats=use_statistics,
-            momentum=0.0,
-            eps=module.eps,
-        )
-        for call in calls
-    ]
-    return _scale_over_channels(calls, normalized)
+    return _scale_over_last(layout, len(normalized_shape), normalized, weight, None)
 
 
 def _scale_over_last(
-    calls: Sequence[Call], normalized: Sequence[Tensor], num_axes: int
-) -> dict[str, Factor]:
-    """Sum over all axes but the examples and the last `num_axes`."""
+    layout: Layout, num_axes: int, normalized: Callable[[], Tensor], weight: Any, bias: Any
+) -> list[Weight]:
+    def summed(values: Tensor) -> Factor:
+        return Dense(layout.positions(values.flatten(-num_axes)).sum(1))
 
-    def summed(values: Tensor) -> Tensor:
-        return _positions(values.flatten(-num_axes)).sum(1)
-
-    weight = sum(summed(call.delta * x) for call, x in zip(calls, normalized, strict=True))
-    bias = sum(summed(call.delta) for call in calls)
-    return {"weight": Dense(cast(Tensor, weight)), "bias": Dense(cast(Tensor, bias))}
-
-
-def _scale_over_channels(calls: Sequence[Call], normalized: Sequence[Tensor]) -> dict[str, Factor]:
-    """Sum over all axes but the examples and the channels."""
-
-    def summed(values: Tensor) -> Tensor:
-        return values.flatten(2).sum(2) if values.ndim > 2 else values
-
-    weight = sum(summed(call.delta * x) for call, x in zip(calls, normalized, strict=True))
-    bias = sum(summed(call.delta) for call in calls)
-    return {"weight": Dense(cast(Tensor, weight)), "bias": Dense(cast(Tensor, bias))}
+    return [
+        Weight(weight, lambda deltas: summed(widened(deltas[0]) * widened(normalized()))),
+        Weight(bias, lambda deltas: summed(deltas[0])),
+    ]
 
 
-def _positions(values: Tensor) -> Tensor:
-    """Flatten the axes between examples and features: [n, …, features] -> [n, t, features]."""
-    return values.reshape(len(values), -1, values.shape[-1])
+def _group_norm(
+    layout: Layout,
+    input: Tensor,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> list[Weight]:
+    return _scale_over_channels(
+        layout, lambda: F.group_norm(input.detach(), num_groups, eps=eps), weight, bias
+    )
 
 
-_RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.InstanceNorm1d: _instance_norm,
+def _batch_norm(
+    layout: Layout,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> list[Weight]:
+    if training:
+        layout.couplings.append("batch statistics")
+
+    def normalized() -> Tensor:
+        x = input.detach()
+        if training or running_mean is None or running_var is None:
+            return F.batch_norm(x, None, None, training=True, eps=eps)
+        return F.batch_norm(x, running_mean.to(x.dtype), running_var.to(x.dtype), eps=eps)
+
+    return _scale_over_channels(layout, normalized, weight, bias)
+
+
+def _instance_norm(
+    layout: Layout,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> list[Weight]:
+    def normalized() -> Tensor:
+        x = input.detach()
+        if use_input_stats:
+            return F.instance_norm(x, eps=eps)
+        return F.instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)
+
+    return _scale_over_channels(layout, normalized, weight, bias)
+
+
+def _scale_over_channels(
+    layout: Layout, normalized: Callable[[], Tensor], weight: Any, bias: Any
+) -> list[Weight]:
+    def of_weight(deltas: Deltas) -> Factor:
+        products = widened(deltas[0]) * widened(normalized())
+        return Dense(_over_channels(layout.maps(products)))
+
+    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
+
+
+def _prelu(layout: Layout, input: Tensor, weight: Tensor) -> list[Weight]:
+    given = input.detach()
+
+    def of_weight(deltas: Deltas) -> Factor:
+        products = layout.maps(widened(deltas[0]) * widened(given).clamp(max=0))
+        if weight.numel() == 1:
+            return Dense(products.flatten(1).sum(1, keepdim=True))
+        return Dense(_over_channels(products))
+
+    return [Weight(weight, of_weight)]
+
+
+def _add(
+    layout: Layout, input: Any, other: Any, *, alpha: float = 1, out: None = None
+) -> list[Weight]:
+    return [
+        _broadcast(layout, input, lambda delta: delta),
+        _broadcast(layout, other, lambda delta: delta * alpha),
+    ]
+
+
+def _sub(
+    layout: Layout, input: Any, other: Any, *, alpha: float = 1, out: None = None
+) -> list[Weight]:
+    return [
+        _broadcast(layout, input, lambda delta: delta),
+        _broadcast(layout, other, lambda delta: delta * -alpha),
+    ]
+
+
+def _mul(layout: Layout, input: Any, other: Any, *, out: None = None) -> list[Weight]:
+    def times(value: Any) -> Callable[[Tensor], Tensor]:
+        scale = widened(value.detach()) if isinstance(value, Tensor) else value
+        return lambda delta: delta * scale
+
+    return [_broadcast(layout, input, times(other)), _broadcast(layout, other, times(input))]
+
+
+def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -> Weight:
+    """Return the operand of an elementwise operation, whose gradient is summed to its shape."""
+
+    def factor(deltas: Deltas) -> Factor:
+        delta = local(widened(deltas[0]))
+        if layout.axis != 0:
+            raise UnsupportedError("the examples are not on axis 0 of its output")
+        missing = delta.ndim - tensor.ndim
+        if missing < 1 and not is_by_row and tensor.shape[0] != 1:
+            raise UnsupportedError("it has no place for the examples")
+        shape = (len(delta), *tensor.shape[0 if missing else 1 :])
+        positions = range(1, delta.ndim)
+        wanted = (1,) * (missing - 1) + tuple(tensor.shape) if missing else tensor.shape[1:]
+        summed = [
+            axis
+            for axis, size in zip(positions, wanted, strict=True)
+            if size == 1 and delta.shape[axis] > 1
+        ]
+        return Dense((delta.sum(summed) if summed else delta).reshape(shape))
+
+    n, num_axes = layout.num_examples, len(layout.shape)
+    is_by_row = isinstance(tensor, Tensor) and tensor.ndim == num_axes and tensor.shape[0] == n > 1
+    return Weight(tensor, factor, is_by_row)
+
+
+def _cat(layout: Layout, tensors: Sequence[Tensor], dim: int = 0) -> list[Weight]:
+    axis = dim % tensors[0].ndim
+    if axis == 0 or layout.axis != 0:
+        raise UnsupportedError("examples are put behind each other")
+    weights = []
+    start = 0
+    for tensor in tensors:
+        part = (start, tensor.shape[axis])
+        start += tensor.shape[axis]
+        weights.append(_part_of(tensor, axis, part))
+    return weights
+
+
+def _part_of(tensor: Tensor, axis: int, part: tuple[int, int]) -> Weight:
+    def factor(deltas: Deltas) -> Factor:
+        return Dense(widened(deltas[0]).narrow(axis, *part))
+
+    return Weight(tensor, factor, is_by_row=True)
+
+
+def replayed(
+    layout: Layout,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+) -> Weight:
+    """Return a parameter whose gradients take evaluating an operation again, on each example.
+
+    The operation sees batches of one; `torch.vmap` puts them together.
+    """
+    n = layout.num_examples
+    held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
+    is_by_row = tensor.ndim > 0 and layout.axis == 0 and len(tensor) == n > 1
+
+    def is_batched(x: Tensor) -> bool:
+        return x.ndim > 0 and len(x) == n and (x is not tensor or is_by_row)
+
+    def factor(deltas: Deltas) -> Factor:
+        if layout.axis != 0:
+            raise UnsupportedError("the examples are not on axis 0 of its output")
+        leaves: list[Tensor] = []
+        _map(held, leaves.append)
+
+        def gradient(delta: list[Tensor], rows: list[Tensor]) -> Tensor:
+            alone = [
+                row[None] if is_batched(x) else row for x, row in zip(leaves, rows, strict=True)
+            ]
+            at = next(index for index, x in enumerate(leaves) if x is tensor)
+
+            def run(value: Tensor) -> list[Tensor]:
+                values = iter(
+                    [value if x is tensor else a for x, a in zip(leaves, alone, strict=True)]
+                )
+                replayed_args, replayed_kwargs = _map(held, lambda _: next(values))
+                outputs = func(*replayed_args, **replayed_kwargs)
+                found: list[Tensor] = []
+                _map(outputs, found.append)
+                return found
+
+            backward = torch.func.vjp(run, alone[at])[1]
+            return cast(Tensor, backward([d[None] for d in delta])[0])
+
+        rows = [x.detach() for x in leaves]
+        dims = [0 if is_batched(x) else None for x in leaves]
+        with warnings.catch_warnings(), torch.enable_grad():
+            # A slow path within vmap is still a path.
+            warnings.simplefilter("ignore")
+            values = torch.vmap(gradient, (0, dims))(list(deltas), rows)
+        return Dense(widened(values.detach()))
+
+    return Weight(tensor, factor, is_by_row)
+
+
+def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)([_map(item, function) for item in value])
+    if isinstance(value, dict):
+        return {name: _map(item, function) for name, item in value.items()}
+    return value
+
+
+# Modules of torch stand for functions, which users may call by themselves.
+RULES: dict[Callable[..., Any], Rule] = {
+    F.linear: Rule(_linear),
+    torch.matmul: Rule(_matmul),
+    torch.mm: Rule(_matmul),
+    Tensor.matmul: Rule(_matmul),
+    Tensor.mm: Rule(_matmul),
+    torch.addmm: Rule(_addmm),
+    F.embedding: Rule(_embedding, is_last_word=True),
+    F.embedding_bag: Rule(_embedding_bag, is_last_word=True),
+    F.layer_norm: Rule(_layer_norm),
+    F.rms_norm: Rule(_rms_norm),
+    F.group_norm: Rule(_group_norm),
+    F.batch_norm: Rule(_batch_norm),
+    F.instance_norm: Rule(_instance_norm),
+    F.prelu: Rule(_prelu),
+    torch.cat: Rule(_cat),
+    torch.concat: Rule(_cat),
+    torch.concatenate: Rule(_cat),
+    torch.lstm: Rule(lstm, is_last_word=True),
+    torch.gru: Rule(gru, is_last_word=True),
+    torch.rnn_tanh: Rule(rnn_tanh, is_last_word=True),
+    torch.rnn_relu: Rule(rnn_relu, is_last_word=True),
+    torch.lstm_cell: Rule(lstm_cell, is_last_word=True),
+    torch.gru_cell: Rule(gru_cell, is_last_word=True),
+    torch.rnn_tanh_cell: Rule(rnn_cell_tanh, is_last_word=True),
+    torch.rnn_relu_cell: Rule(rnn_cell_relu, is_last_word=True),
 }
+for _axes, (_forward, _transposed) in enumerate(
+    [
+        (F.conv1d, F.conv_transpose1d),
+        (F.conv2d, F.conv_transpose2d),
+        (F.conv3d, F.conv_transpose3d),
+    ],
+    start=1,
+):
+    RULES[_forward] = Rule(partial(_conv, _axes))
+    RULES[_transposed] = Rule(partial(_conv_transpose, _axes))
+RULES |= dict.fromkeys([torch.add, Tensor.add, Tensor.add_], Rule(_add))
+RULES |= dict.fromkeys([torch.sub, Tensor.sub, Tensor.sub_], Rule(_sub))
+RULES |= dict.fromkeys([torch.mul, Tensor.mul, Tensor.mul_], Rule(_mul))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         attach,
         epochs,
         every,
+        example_gradients,
+        gradient_rule,
         layers,
         log_spaced,
     )
@@ -60,6 +62,8 @@ __all__ = [
     "attach",
     "epochs",
     "every",
+    "example_gradients",
+    "gradient_rule",
     "hooks",
     "integrations",
     "layers",

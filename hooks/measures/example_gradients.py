@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.examplegrads import example_gradient_grams
+from sonde.hooks.examplegrads import example_gradients
 from sonde.hooks.losses import Loss
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
@@ -110,11 +110,7 @@ class ExampleGradients(ProbeMeasure):
         Raises:
             InvalidInputError: If no parameter is covered.
         """
-        layers = None if self.layers is None else select_layers(subject.model, self.layers)
-        verdicts = self._verdicts.setdefault(subject.model, {})
-        grams = example_gradient_grams(
-            subject.model, self.loss, self.probe, layers, verdicts=verdicts
-        )
+        grams = example_gradients(subject.model, self.loss, self.probe, layers=self.layers)
         missing = {
             name: coverage.removeprefix("unsupported: ")
             for name, coverage in grams.coverage.items()

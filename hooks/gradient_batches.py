@@ -1,0 +1,217 @@
+"""Per-example gradients of one batch: a forward and a backward pass, and a rule per operation.
+
+Only the gradients with respect to the outputs of operations are computed, none of a parameter
+itself, and no `.grad` is touched. What is computed from parameters alone, such as a parametrized
+weight, takes its gradients on to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from sonde.exceptions import InvalidInputError
+
+from .factors import Dense, Factor, summed
+from .layouts import UnsupportedError
+from .losses import Loss, example_losses
+from .parameter_uses import Operation, ParameterUses, Use
+from .probes import Inputs, call
+from .taps import tensor_leaves
+
+# Gradients with respect to what is computed from parameters are taken on in blocks of this size.
+_CHAIN_BYTES = 64 << 20
+
+
+@dataclass
+class BatchGradients:
+    """The per-example gradients of a batch.
+
+    Attributes:
+        num_examples: The number of examples.
+        factors: The gradients of each parameter that has some.
+        problems: Why there are none, by parameter.
+        couplings: What makes gradients of an example depend on the others.
+        losses: The loss of each example, where it is known; [examples].
+    """
+
+    num_examples: int
+    factors: dict[nn.Parameter, Factor] = field(default_factory=dict)
+    problems: dict[nn.Parameter, str] = field(default_factory=dict)
+    couplings: list[str] = field(default_factory=list)
+    losses: Tensor | None = None
+
+
+def batch_gradients(
+    model: nn.Module,
+    loss: Loss | None,
+    inputs: Inputs,
+    targets: Tensor | None,
+    num_examples: int,
+    wanted: Iterable[nn.Parameter],
+) -> BatchGradients:
+    """Compute the per-example gradients of a batch.
+
+    Args:
+        model: The model.
+        loss: (outputs, targets) of a batch to a scalar; None where the model returns its loss.
+        inputs: What the model is called with.
+        targets: One target per example.
+        num_examples: The number of examples.
+        wanted: The parameters.
+
+    Raises:
+        InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
+    """
+    operations: list[Operation] = []
+    edges: list[list[GradientEdge | None]] = []
+
+    def take(operation: Operation) -> None:
+        # The edge, not the tensor: an in-place operation on the output does not move it.
+        edges.append(
+            [get_gradient_edge(root_of(o)) if o.requires_grad else None for o in operation.outputs]
+        )
+        operations.append(operation)
+
+    wanted = list(wanted)
+    uses = ParameterUses(model, wanted, take, num_examples)
+    with torch.enable_grad():
+        with uses:
+            outputs = call(model, inputs)
+        if uses.error is not None:
+            raise uses.error
+        total, losses = _loss_of(loss, outputs, targets, num_examples)
+        known = [edge for of_operation in edges for edge in of_operation if edge is not None]
+        found = iter(torch.autograd.grad(total, known, allow_unused=True) if known else ())
+    result = BatchGradients(num_examples, couplings=uses.couplings, losses=losses)
+    parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
+    result.problems = dict(uses.problems)
+    with torch.no_grad():
+        for operation, of_operation in zip(operations, edges, strict=True):
+            deltas = [None if edge is None else next(found) for edge in of_operation]
+            add_operation(operation, deltas, parts, result.problems)
+    for parameter in wanted:
+        if parameter in parts and parameter not in result.problems:
+            result.factors[parameter] = summed(parts[parameter])
+        else:
+            reason = "it was never used in the forward pass"
+            if parameter in uses.without_gradients:
+                reason = "it ran without gradients: under no_grad, or in a reentrant checkpoint"
+            result.problems.setdefault(parameter, reason)
+    return result
+
+
+def add_operation(
+    operation: Operation,
+    deltas: Sequence[Tensor | None],
+    parts: dict[nn.Parameter, list[Factor]],
+    problems: dict[nn.Parameter, str],
+) -> None:
+    """Add the gradients that an operation's parameters have of those of its outputs.
+
+    Args:
+        operation: The operation.
+        deltas: The gradients with respect to its outputs; None where none came back.
+        parts: What is added to, by parameter.
+        problems: Why gradients of a parameter cannot be given.
+    """
+    if all(delta is None for delta in deltas):
+        # No path from these outputs to the loss: the gradient is zero.
+        deltas = [torch.zeros_like(out) for out in operation.outputs]
+    # What came back may be that of the tensor an output is a view of.
+    deltas = [
+        None if delta is None else delta.view(shape)
+        for delta, shape in zip(deltas, operation.shapes, strict=True)
+    ]
+    for use in operation.uses:
+        try:
+            operation.check()
+            factor = use.factor(deltas)
+            for parameter, part in _at_parameters(use, factor):
+                parts[parameter].append(part)
+        except UnsupportedError as reason:
+            for parameter in use.parameters:
+                problems.setdefault(parameter, str(reason))
+        except Exception as error:  # Whatever a user's operation makes fail, it is the reason.
+            for parameter in use.parameters:
+                reason_text = f"{operation.name} fails: {type(error).__name__}: {error}"
+                problems.setdefault(parameter, reason_text)
+
+
+def root_of(output: Tensor) -> Tensor:
+    """Return the tensor whose place in the graph an in-place operation on an output keeps.
+
+    On a view of a whole tensor, as a linear layer may return, it gives the view another place.
+    """
+    base = output._base
+    if base is not None and base.numel() == output.numel():
+        if base.is_contiguous() and output.is_contiguous() and base.requires_grad:
+            return base
+    return output
+
+
+def loss_of_model(outputs: Any) -> Tensor:
+    """Return the loss a model returns: a scalar, or what stands as `loss` in its output.
+
+    Raises:
+        InvalidInputError: If there is none.
+    """
+    value = getattr(outputs, "loss", None)
+    leaves = dict(tensor_leaves(outputs))
+    value = leaves.get("[loss]", value) if value is None else value
+    if value is None and len(leaves) == 1:
+        value = next(iter(leaves.values()))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InvalidInputError(
+            f"the model returned {type(outputs).__name__} without a scalar loss; give `loss`, or "
+            "let it return its loss, or an output with `loss`"
+        )
+    return value.reshape(())
+
+
+def _loss_of(
+    loss: Loss | None, outputs: Any, targets: Tensor | None, num_examples: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of the examples' losses, and each of them where it is known."""
+    if loss is None:
+        return loss_of_model(outputs) * num_examples, None
+    losses = example_losses(loss, outputs, targets)
+    return losses.sum(), losses.detach()
+
+
+def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]]:
+    """Take the gradients of what a parameter was made into on to the parameter."""
+    if isinstance(use.tensor, nn.Parameter):
+        return [(use.tensor, factor)]
+    parameters = list(use.parameters)
+    row_bytes = max(1, use.tensor.nbytes) * (factor.num_examples if use.is_by_row else 1)
+    size = max(1, _CHAIN_BYTES // row_bytes)
+    found: list[list[Tensor]] = [[] for _ in parameters]
+    for start in range(0, factor.num_examples, size):
+        rows = slice(start, min(start + size, factor.num_examples))
+        formed = factor.form(rows)
+        shape = use.tensor.shape
+        if use.is_by_row:
+            # The gradient of an example is in its own row of the tensor, and zero in the others.
+            outer = formed.new_zeros(len(formed), *shape)
+            example = torch.arange(len(formed), device=formed.device)
+            outer[example, rows.start + example] = formed.unflatten(1, shape[1:])
+            formed = outer
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                use.tensor,
+                parameters,
+                formed.reshape(len(formed), *shape).to(use.tensor.dtype),
+                retain_graph=True,
+                is_grads_batched=True,
+                materialize_grads=True,
+            )
+        for part, gradient in zip(found, gradients, strict=True):
+            part.append(gradient)
+    return [(p, Dense(torch.cat(part))) for p, part in zip(parameters, found, strict=True)]

@@ -1,0 +1,93 @@
+"""The fallback for parameters without a rule: `torch.func`, an example at a time within vmap."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Dense, Factor
+from .gradient_batches import loss_of_model
+from .layouts import UnsupportedError, widened
+from .losses import Loss
+from .probes import Inputs, call
+
+# What the gradients of the examples that are evaluated at once may take.
+_CHUNK_BYTES = 256 << 20
+
+
+def fallback_gradients(
+    model: nn.Module,
+    loss: Loss | None,
+    inputs: Inputs,
+    targets: Tensor | None,
+    num_examples: int,
+    parameters: Sequence[nn.Parameter],
+) -> dict[nn.Parameter, Factor]:
+    """Form the per-example gradients of some parameters.
+
+    Args:
+        model: The model, in eval mode.
+        loss: Its loss; None where the model returns it.
+        inputs: What it is called with.
+        targets: One target per example.
+        num_examples: The number of examples.
+        parameters: The parameters.
+
+    Raises:
+        UnsupportedError: If the model cannot be transformed.
+    """
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise UnsupportedError("torch.func gives wrong gradients of sharded parameters (FSDP)")
+    names = {tensor: name for name, tensor in model.named_parameters()}
+    values = {names[parameter]: parameter.detach() for parameter in parameters}
+
+    def loss_alone(given: dict[str, Tensor], row: Inputs, target: Tensor | None) -> Tensor:
+        alone = _lifted(row)
+        outputs = torch.func.functional_call(_Called(model), _prefixed(given), (alone,))
+        if loss is None:
+            return loss_of_model(outputs)
+        return loss(outputs, None if target is None else target[None]).reshape(())
+
+    row_bytes = sum(parameter.nbytes for parameter in parameters)
+    transformed = torch.vmap(
+        torch.func.grad(loss_alone),
+        in_dims=(None, 0, None if targets is None else 0),
+        chunk_size=max(1, min(num_examples, _CHUNK_BYTES // max(1, row_bytes))),
+    )
+    try:
+        with warnings.catch_warnings():
+            # A slow path within vmap is still a path.
+            warnings.simplefilter("ignore")
+            gradients = transformed(values, inputs, targets)
+    except Exception as error:  # Whatever a model does that cannot be transformed is the reason.
+        text = str(error).strip().splitlines()
+        first = text[0] if text else ""
+        raise UnsupportedError(f"torch.func fails: {type(error).__name__}: {first}") from error
+    return {p: Dense(widened(gradients[names[p]].detach())) for p in parameters}
+
+
+class _Called(nn.Module):
+    """A model that is called with whatever a probe holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> object:
+        return call(self.model, inputs)
+
+
+def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in values.items()}
+
+
+def _lifted(row: Inputs) -> Inputs:
+    """Return the inputs of one example as a batch of one."""
+    if isinstance(row, dict):
+        return {name: value[None] for name, value in row.items()}
+    if isinstance(row, tuple):
+        return tuple(value[None] for value in row)
+    return row[None]

@@ -1,0 +1,55 @@
+"""Parameters of a model, with every place that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .select import layers_of
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedParameter:
+    """A parameter and everywhere it stands.
+
+    Attributes:
+        tensor: The parameter.
+        places: (layer, name) pairs; of a tied parameter several.
+    """
+
+    tensor: nn.Parameter
+    places: list[tuple[str, str]]
+
+    @property
+    def names(self) -> list[str]:
+        """Its name at each place."""
+        return [f"{layer}.{name}" if layer else name for layer, name in self.places]
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+    @property
+    def layer(self) -> str:
+        """The layer that owns it first."""
+        return self.places[0][0]
+
+
+def owned_parameters(
+    model: nn.Module, selected: Mapping[str, nn.Module] | None = None
+) -> list[OwnedParameter]:
+    """Return the parameters of some layers, or of all, each with all its places in the model."""
+    found: dict[nn.Parameter, OwnedParameter] = {}
+    for layer, module in layers_of(model).items():
+        # Not named_parameters, which lists a tied parameter once.
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                found.setdefault(tensor, OwnedParameter(tensor, [])).places.append((layer, name))
+    return [
+        parameter
+        for parameter in found.values()
+        if selected is None or any(layer in selected for layer, _ in parameter.places)
+    ]

@@ -1,0 +1,336 @@
+"""Uses of parameters: which operations of a forward pass take them, and what these need to know.
+
+While the mode is entered, every function of torch that is called from Python is seen, with its
+arguments: a linear layer, a weight that is used by a function, an embedding of positions. What is
+computed from parameters alone, such as a view or a parametrized weight, is followed. The first
+operation that brings a parameter together with the examples is a use of it; a rule for the function
+says how the gradient with respect to the output makes the per-example gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from .factors import Factor
+from .gradient_rules import RULES, replayed
+from .layouts import Deltas, Layout, UnsupportedError
+from .module_rules import ModuleRule, rule_for, uses_of
+from .taps import add_hook
+
+# Attention asks first whether anyone overrides it, and would be handed over as a whole. The same
+# code, told that nobody does, shows its projections.
+_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A use of a parameter, or of something computed from parameters alone.
+
+    Attributes:
+        tensor: The parameter, or what was computed.
+        parameters: The parameters it was computed from.
+        factor: Makes the gradients with respect to the tensor of those to the outputs.
+        is_by_row: The tensor has a row for each example, and an example's gradient is in its own.
+    """
+
+    tensor: Tensor
+    parameters: frozenset[nn.Parameter]
+    factor: Callable[[Deltas], Factor]
+    is_by_row: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation that uses parameters.
+
+    Attributes:
+        name: Its name.
+        outputs: Its outputs.
+        uses: The parameters it uses.
+        inputs: What it was given beside them, each with its version at that time.
+    """
+
+    name: str
+    outputs: list[Tensor]
+    uses: list[Use]
+    inputs: list[tuple[Tensor, int]]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of its outputs."""
+        return [out.shape for out in self.outputs]
+
+    def check(self) -> None:
+        """Refuse inputs that are not what they were.
+
+        Raises:
+            UnsupportedError: If one was changed in place.
+        """
+        if any(tensor._version != version for tensor, version in self.inputs):
+            raise UnsupportedError(f"an input of {self.name} was changed in place after the call")
+
+
+class ParameterUses(TorchFunctionMode):
+    """Finds the uses of a model's parameters while it is entered.
+
+    Args:
+        model: The model.
+        wanted: The parameters whose uses are reported.
+        on_operation: Called with each operation that uses one of them. It must not raise.
+        num_examples: The number of examples of a forward pass.
+
+    Attributes:
+        problems: Why uses could not be reported, by parameter.
+        without_gradients: The parameters that were used where no graph is made.
+        couplings: What makes the gradients of an example depend on the others.
+        error: What went wrong, which never raises into the forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Iterable[nn.Parameter],
+        on_operation: Callable[[Operation], None],
+        num_examples: int,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._wanted = frozenset(wanted)
+        self._on_operation = on_operation
+        self.num_examples = num_examples
+        self.problems: dict[nn.Parameter, str] = {}
+        self.without_gradients: set[nn.Parameter] = set()
+        self.couplings: list[str] = []
+        self.error: Exception | None = None
+        self._roots: dict[int, frozenset[nn.Parameter]] = {}
+        self._constants: set[int] = set()
+        # An identity is only that of one tensor while it lives.
+        self._kept: list[Tensor] = []
+        self._depth = 0
+        self._unsorted: Tensor | None = None
+        self._is_time_first = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ParameterUses:
+        self._roots, self._constants, self._kept, self._depth = {}, set(), [], 0
+        for tensor in itertools.chain(self._model.parameters(), self._model.buffers()):
+            self._keep(tensor)
+        for module in self._model.modules():
+            rule = rule_for(module)
+            if rule is not None:
+                self._tap(module, rule)
+            elif isinstance(module, nn.RNNBase):
+                self._stack.callback(add_hook(module, self._note_order, is_before=True))
+        super().__enter__()  # type: ignore[no-untyped-call] # torch's own has no types
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # torch's own has no types
+        self._stack.close()
+        self._roots, self._constants, self._kept = {}, set(), []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = {} if kwargs is None else dict(kwargs)
+        if self._depth or self.error is not None:
+            return func(*args, **named)
+        if func is F.multi_head_attention_forward:
+            return self._look_inside(args, named)
+        given = self._given_before(func, args, named)
+        output = func(*args, **named)
+        try:
+            self._look(func, given, named, output)
+        except Exception as error:
+            self.error = error
+        return output
+
+    def _look_inside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run attention and see its operations, which have (time, examples, features)."""
+        is_batched = isinstance(args[0], Tensor) and args[0].ndim == 3
+        self._is_time_first = is_batched
+        super().__enter__()  # type: ignore[no-untyped-call] # torch's own has no types
+        try:
+            return _ATTENTION(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call] # the same
+            self._is_time_first = False
+
+    def _given_before(
+        self, func: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return the arguments as they are before the operation, which may change the first one."""
+        name = getattr(func, "__name__", "")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if not is_in_place or not args or not isinstance(args[0], Tensor):
+            return args
+        if not any(id(t) in self._roots for t in _tensors((args[1:], named))):
+            return args
+        return (args[0].detach().clone(), *args[1:])
+
+    def _look(
+        self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        outputs = [out for out in _tensors(output) if not _is_transformed(out)]
+        if not outputs:
+            return
+        tensors = list(_tensors((args, kwargs)))
+        self._keep_new_parameters(tensors)
+        tracked = [t for t in tensors if id(t) in self._roots]
+        if len(tracked) + sum(id(t) in self._constants for t in tensors) == len(tensors):
+            parameters = frozenset().union(*(self._roots[id(t)] for t in tracked))
+            for out in outputs:
+                self._keep(out, parameters)
+        elif tracked and torch.is_grad_enabled():
+            self._report(func, args, kwargs, outputs, tracked)
+        elif tracked:
+            self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
+
+    def _keep(self, tensor: Tensor, parameters: frozenset[nn.Parameter] | None = None) -> None:
+        """Remember what a tensor is computed from."""
+        self._kept.append(tensor)
+        if not tensor.requires_grad:
+            self._constants.add(id(tensor))
+        elif parameters is None and isinstance(tensor, nn.Parameter):
+            self._roots[id(tensor)] = frozenset([tensor])
+        else:
+            self._roots[id(tensor)] = parameters or frozenset()
+
+    def _keep_new_parameters(self, tensors: Sequence[Tensor]) -> None:
+        """Notice parameters that a module was given meanwhile, such as those of lazy layers."""
+        for tensor in tensors:
+            is_known = id(tensor) in self._roots or id(tensor) in self._constants
+            if isinstance(tensor, nn.Parameter) and not is_known:
+                self._keep(tensor)
+
+    def _report(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: list[Tensor],
+        tracked: list[Tensor],
+    ) -> None:
+        """Report an operation that brings tracked tensors together with examples."""
+        wanted = {id(t): t for t in tracked if self._roots[id(t)] & self._wanted}
+        if not wanted or not any(out.requires_grad for out in outputs):
+            return
+        name = getattr(func, "__name__", str(func))
+        try:
+            shape = outputs[0].shape
+            layout = Layout(
+                self.num_examples, shape, self.couplings, self._unsorted, self._is_time_first
+            )
+            uses = list(self._uses(func, args, kwargs, layout, wanted))
+        except UnsupportedError as reason:
+            for tensor in wanted.values():
+                for parameter in self._roots[id(tensor)]:
+                    self.problems.setdefault(parameter, f"{name}: {reason}")
+            return
+        others = [t for t in _tensors((args, kwargs)) if id(t) not in self._roots]
+        versions = [(t, t._version) for t in others if t.is_floating_point()]
+        is_in_place = name.endswith("_")
+        self._on_operation(Operation(name, outputs, uses, [] if is_in_place else versions))
+
+    def _uses(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        wanted: Mapping[int, Tensor],
+    ) -> Iterator[Use]:
+        rule = RULES.get(func)
+        found: set[int] = set()
+        if rule is not None:
+            try:
+                weights = rule(layout, *args, **kwargs)
+            except UnsupportedError:
+                if rule.is_last_word:
+                    raise
+                weights = []
+            for weight in weights:
+                if id(weight.tensor) in wanted:
+                    found.add(id(weight.tensor))
+                    parameters = self._roots[id(weight.tensor)]
+                    yield Use(weight.tensor, parameters, weight.factor, weight.is_by_row)
+        for key, tensor in wanted.items():
+            if key not in found:
+                weight = replayed(layout, func, args, kwargs, tensor)
+                yield Use(tensor, self._roots[key], weight.factor, weight.is_by_row)
+
+    def _tap(self, module: nn.Module, rule: ModuleRule) -> None:
+        """Take the calls of a module whose type has a rule of its own."""
+
+        def enter(*_: Any) -> None:
+            self._depth += 1
+
+        def leave(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            self._depth -= 1
+            if self._depth or self.error is not None:
+                return
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            try:
+                self._report_module(module, rule, given, output)
+            except Exception as error:
+                self.error = error
+
+        self._stack.callback(add_hook(module, enter, is_before=True))
+        self._stack.callback(add_hook(module, leave, is_last=True))
+
+    def _report_module(self, module: nn.Module, rule: ModuleRule, given: Any, output: Any) -> None:
+        parameters = [p for p in module.parameters() if p.requires_grad and p in self._wanted]
+        if not parameters or not torch.is_grad_enabled():
+            return
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            for parameter in parameters:
+                reason = f"the input or output of {type(module).__name__} is not a tensor"
+                self.problems.setdefault(parameter, reason)
+            return
+        uses = [
+            Use(parameter, frozenset([parameter]), factor)
+            for parameter, factor in uses_of(module, rule, given.detach(), self.num_examples)
+            if parameter in self._wanted
+        ]
+        name = type(module).__name__
+        self._on_operation(Operation(name, [output], uses, [(given, given._version)]))
+
+    def _note_order(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note how the examples of a packed sequence were sorted."""
+        given = args[0] if args else kwargs.get("input")
+        self._unsorted = given.unsorted_indices if isinstance(given, PackedSequence) else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an argument, however they are nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
