@@ -1,6 +1,7 @@
 """Hooks: what runs inside the training process and records it."""
 
 from .attach import attach
+from .config import Config
 from .examplegrads import ExampleGradientGrams, example_gradient_grams
 from .layer_list import Layer, Layers, layers
 from .measures import (
@@ -24,6 +25,7 @@ from .training import TRAINING, Training
 __all__ = [
     "TRAINING",
     "Activations",
+    "Config",
     "DecisionPlanes",
     "ExampleGradientGrams",
     "ExampleGradients",

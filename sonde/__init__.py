@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sonde.hooks import (
         TRAINING,
         Activations,
+        Config,
         DecisionPlanes,
         ExampleGradients,
         Full,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TRAINING",
     "Activations",
+    "Config",
     "DecisionPlanes",
     "ExampleGradients",
     "Full",
