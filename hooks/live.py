@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .batch_axes import BatchAxes
 from .measures.base import Measure, Observation, Recording, Subject
@@ -52,6 +53,18 @@ class LiveMeasures:
                 finished[measure] = error
         self.stop()
         return finished
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Look away for a while, as what runs is a probe."""
+        step = self.step
+        if step is not None:
+            step.is_paused = True
+        try:
+            yield
+        finally:
+            if step is not None:
+                step.is_paused = False
 
     def stop(self) -> None:
         """Leave the model as it was; what was seen is dropped."""

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -169,8 +170,10 @@ class Recorder:
                 "optimizers attach the one that defines a step"
             )
 
-        def before(*_: object) -> None:
-            if self._live is not None and self._live.has_gradients:
+        def before(_: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            # A closure computes gradients within the step, be they all or the last of several.
+            is_complete = not args and kwargs.get("closure") is None
+            if is_complete and self._live is not None and self._live.has_gradients:
                 self._finish_live()
             if not self._has_started:
                 self._has_started = True
@@ -246,6 +249,7 @@ class Recorder:
         loss: torch.Tensor | None = None,
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        divided_by: float = 1,
     ) -> BatchContext:
         """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
 
@@ -260,6 +264,8 @@ class Recorder:
             loss: The loss of this micro-batch, a tensor with one element on the way to what
                 `backward` is called on. What multiplies it there is divided out of gradients.
             reduction: How it is made of the losses of the examples: their `mean` or `sum`.
+            divided_by: What it was divided by already, as some trainers divide it by the number of
+                accumulated micro-batches before they show it.
 
         Returns:
             A context manager; it need not be used as one.
@@ -267,7 +273,8 @@ class Recorder:
         step = None if self._live is None else self._live.step
         if step is not None:
             try:
-                return BatchContext(step, make_batch(ids, targets, loss, reduction), loss)
+                batch = make_batch(ids, targets, loss, reduction, divided_by)
+                return BatchContext(step, batch, loss)
             except Exception as error:
                 if self._on_error == "raise":
                     raise
@@ -405,7 +412,8 @@ class Recorder:
             return
         self._done[measure] = self.num_steps
         try:
-            recording = measure.record(self._subject)
+            with nullcontext() if self._live is None else self._live.paused():
+                recording = measure.record(self._subject)
             self._write(measure, recording)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error)
