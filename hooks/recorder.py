@@ -281,6 +281,18 @@ class Recorder:
                 self._warn(f"recorder.batch() is ignored: {error}", once="batch")
         return BatchContext(None, Batch(), None)
 
+    @property
+    def is_observing(self) -> bool:
+        """Whether the training's passes are recorded now, so that `batch` has somebody to tell."""
+        step = None if self._live is None else self._live.step
+        return step is not None and not step.is_paused
+
+    def warn(self, message: str) -> None:
+        """Warn once of something that cannot be recorded, and note it in the log; raise nothing."""
+        if message not in self._warned and not self._is_closed:
+            self._writer.note("missed", self.num_steps, reason=message)
+        self._warn(message)
+
     def state_dict(self) -> dict[str, int]:
         """Return what a checkpoint has to hold for the recording to go on from it.
 
