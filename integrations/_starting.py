@@ -1,9 +1,10 @@
-"""How the integrations of trainers make a recorder: anew, or where a checkpoint left off."""
+"""What the integrations of trainers share: how a recording begins, and that it ends no training."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,3 +46,17 @@ def start_recorder(
         recorder.close()
         raise
     return recorder
+
+
+@contextmanager
+def guarded(recorder: Recorder, what: str) -> Iterator[None]:
+    """Let no failure of ours end the training: warn of it once instead, and note it in the log.
+
+    Args:
+        recorder: The recorder.
+        what: What fails, as in "the loss cannot be read".
+    """
+    try:
+        yield
+    except Exception as error:
+        recorder.warn(f"{what}: {type(error).__name__}: {error}")

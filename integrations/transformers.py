@@ -15,7 +15,7 @@ from sonde.hooks.config import Config, as_config
 from sonde.hooks.taps import add_hook
 
 from ._batches import tell_batches
-from ._starting import start_recorder
+from ._starting import guarded, start_recorder
 
 try:
     from transformers import TrainerCallback
@@ -179,12 +179,8 @@ class SondeCallback(TrainerCallback):
     def _keep(self, state: TrainerState, *, sync: bool = False) -> None:
         """Put the recorder's state into the Trainer's, which comes back on every rank."""
         if self.recorder is not None:
-            try:
+            with guarded(self.recorder, "the checkpoint lacks the recorder's state"):
                 _states(state)[_STATE] = self.recorder.state_dict(sync=sync)
-            except Exception as error:  # Nothing of ours may end a training.
-                self.recorder.warn(
-                    f"the checkpoint lacks the recorder's state: {type(error).__name__}: {error}"
-                )
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -217,22 +213,23 @@ def _tell_losses(
     """Tell a recorder of the loss among the model's outputs; return a function that ends it."""
 
     def after(_: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or not (recorder.is_observing and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return
-        try:
-            if kwargs.get("num_items_in_batch") is not None:
-                recorder.warn(
-                    "gradients keep their scale: the Trainer makes the loss a sum over all "
-                    "accumulated micro-batches (num_items_in_batch), not a mean or sum over one; "
-                    "a model with accepts_loss_kwargs = False keeps a loss of its own"
-                )
-                return
-            loss = output.get("loss") if isinstance(output, Mapping) else None
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                recorder.batch(loss=loss, reduction=reduction)
-            else:
-                recorder.warn("gradients keep their scale: the model's outputs have no `loss`")
-        except Exception as error:  # Nothing of ours may end a training.
-            recorder.warn(f"the loss cannot be read: {type(error).__name__}: {error}")
+        if recorder.is_observing and torch.is_grad_enabled():
+            with guarded(recorder, "the loss cannot be read"):
+                tell(kwargs, output)
+
+    def tell(kwargs: Mapping[str, Any], output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if kwargs.get("num_items_in_batch") is not None:
+            recorder.warn(
+                "gradients keep their scale: the Trainer makes the loss a sum over all accumulated "
+                "micro-batches (num_items_in_batch), not a mean or sum over one; a model with "
+                "accepts_loss_kwargs = False keeps a loss of its own"
+            )
+        elif isinstance(loss, Tensor) and loss.requires_grad:
+            recorder.batch(loss=loss, reduction=reduction)
+        else:
+            recorder.warn("gradients keep their scale: the model's outputs have no `loss`")
 
     return add_hook(model, after)
