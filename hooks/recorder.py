@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -413,7 +414,8 @@ class Recorder:
             return
         self._done[measure] = self.num_steps
         try:
-            recording = measure.record(self._subject)
+            with nullcontext() if self._live is None else self._live.paused():
+                recording = measure.record(self._subject)
             self._write(measure, recording)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error)

@@ -117,6 +117,7 @@ class TrainingStep:
         axes: The same.
         error: What went wrong in a hook, which never raises into the training.
         num_late_passes: The number of passes left out as the weights had changed.
+        is_paused: What runs now is no pass of the training, but a measure of ours.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
@@ -131,6 +132,7 @@ class TrainingStep:
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
         self.num_late_passes = 0
+        self.is_paused = False
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
         self._stack.callback(add_hook(model, self._guarded(self._enter), is_before=True))
@@ -151,6 +153,8 @@ class TrainingStep:
         Args:
             first_input: What the layer was called with, for a call outside the model's own forward.
         """
+        if self.is_paused:
+            return None
         if self._depth:
             return self._running
         if not torch.is_grad_enabled():
@@ -211,7 +215,9 @@ class TrainingStep:
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:
-            if self.error is None and not torch.compiler.is_compiling() and not is_recomputing():
+            if self.error is not None or self.is_paused:
+                return
+            if not torch.compiler.is_compiling() and not is_recomputing():
                 try:
                     hook(*args)
                 except Exception as error:
