@@ -178,9 +178,7 @@ class Recorder:
             is_complete = not args and kwargs.get("closure") is None
             if is_complete and self._live is not None and self._live.has_gradients:
                 self._finish_live()
-            if not self._has_started:
-                self._has_started = True
-                self._measure_due(0)
+            self.start()
 
         def after(*_: object) -> None:
             self.step()
@@ -191,6 +189,16 @@ class Recorder:
         ]
         self._subject.optimizers.append(optimizer)
         return self
+
+    def start(self) -> None:
+        """Take what is due before the first step, unless that was done.
+
+        An attached recorder does it when the optimizer first steps; call it where that is too late,
+        as the optimizer runs the forward pass itself, in a closure.
+        """
+        if not self._has_started:
+            self._has_started = True
+            self._measure_due(0)
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
