@@ -1,7 +1,12 @@
 """Hooks: what runs inside the training process and records it."""
 
 from .attach import attach
-from .examplegrads import ExampleGradientResult, example_gradients
+from .config import Config
+from .config_file import load_config
+from .examplegrads import (
+    ExampleGradientResult,
+    example_gradients,
+)
 from .layer_list import Layer, Layers, layers
 from .measures import (
     Activations,
@@ -25,6 +30,7 @@ from .training import TRAINING, Training
 __all__ = [
     "TRAINING",
     "Activations",
+    "Config",
     "DecisionPlanes",
     "ExampleGradientResult",
     "ExampleGradients",
@@ -52,6 +58,7 @@ __all__ = [
     "gradient_rule",
     "layers",
     "layers_of",
+    "load_config",
     "log_spaced",
     "select_layers",
 ]

@@ -74,6 +74,11 @@ class BatchAxes:
                 return tensor.shape[self._batch_dim]
         return None
 
+    def give_up(self, problem: str) -> None:
+        """Do not look, for a reason."""
+        if not self._small_size:
+            self.problem = problem
+
     def look(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None
     ) -> None:

@@ -146,11 +146,7 @@ class LiveOutputs(Observation):
         """Let nothing out of a hook, neither a value nor an exception."""
 
         def call(*args: Any) -> None:
-            if (
-                self._error is None
-                and self._step.error is None
-                and not torch.compiler.is_compiling()
-            ):
+            if self._error is None and self._step.observes():
                 try:
                     function(*args)
                 except Exception as error:

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from .estimate import Estimate, estimate
 from .host_copies import wait_for_copies
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .measures.scalars import latest_numbers
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
@@ -96,6 +98,7 @@ class Recorder:
         self.path = Path(path)
         self.num_steps = 0
         self.num_epochs = 0
+        self._epoch_step = 0
         self._subject = Subject(unwrap(model))
         self._measures = list(measures)
         self._when = log_spaced() if when is None else when
@@ -108,6 +111,7 @@ class Recorder:
             measure.check(self._subject.model)
         self._check_size(max_step_bytes)
         self._done: dict[Measure, int] = {}
+        self._recorded_before: set[Measure] = set()  # At the step of the checkpoint.
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
         self._handles: list[Any] = []
@@ -170,12 +174,12 @@ class Recorder:
                 "optimizers attach the one that defines a step"
             )
 
-        def before(*_: object) -> None:
-            if self._live is not None and self._live.has_gradients:
+        def before(_: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            # A closure computes gradients within the step, be they all or the last of several.
+            is_complete = not args and kwargs.get("closure") is None
+            if is_complete and self._live is not None and self._live.has_gradients:
                 self._finish_live()
-            if not self._has_started:
-                self._has_started = True
-                self._measure_due(0)
+            self.start()
 
         def after(*_: object) -> None:
             self.step()
@@ -187,6 +191,16 @@ class Recorder:
         self._subject.optimizers.append(optimizer)
         return self
 
+    def start(self) -> None:
+        """Take what is due before the first step, unless that was done.
+
+        An attached recorder does it when the optimizer first steps; call it where that is too late,
+        as the optimizer runs the forward pass itself, in a closure.
+        """
+        if not self._has_started:
+            self._has_started = True
+            self._measure_due(0)
+
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
         self._finish_live()
@@ -194,9 +208,11 @@ class Recorder:
             self._warn_of_missed_start()
             self._has_started = True
         self.num_steps += 1
+        self._recorded_before.clear()
         epoch = None
         if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
             self.num_epochs += 1
+            self._epoch_step = self.num_steps
             epoch = self.num_epochs
         self._measure_due(self.num_steps, epoch)
         self._begin_live(self.num_steps, epoch)
@@ -206,6 +222,7 @@ class Recorder:
         if self._steps_per_epoch:
             return
         self.num_epochs += 1
+        self._epoch_step = self.num_steps
         self._measure_due(self.num_steps, self.num_epochs)
         self._begin_live(self.num_steps, self.num_epochs)
 
@@ -247,6 +264,7 @@ class Recorder:
         loss: torch.Tensor | None = None,
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        divided_by: float = 1,
     ) -> BatchContext:
         """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
 
@@ -261,6 +279,8 @@ class Recorder:
             loss: The loss of this micro-batch, a tensor with one element on the way to what
                 `backward` is called on. What multiplies it there is divided out of gradients.
             reduction: How it is made of the losses of the examples: their `mean` or `sum`.
+            divided_by: What it was divided by already, as some trainers divide it by the number of
+                accumulated micro-batches before they show it.
 
         Returns:
             A context manager; it need not be used as one.
@@ -268,23 +288,47 @@ class Recorder:
         step = None if self._live is None else self._live.step
         if step is not None:
             try:
-                return BatchContext(step, make_batch(ids, targets, loss, reduction), loss)
+                batch = make_batch(ids, targets, loss, reduction, divided_by)
+                return BatchContext(step, batch, loss)
             except Exception as error:
                 if self._on_error == "raise":
                     raise
                 self._warn(f"recorder.batch() is ignored: {error}", once="batch")
         return BatchContext(None, Batch(), None)
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def is_observing(self) -> bool:
+        """Whether the training's passes are recorded now, so that `batch` has somebody to tell."""
+        step = None if self._live is None else self._live.step
+        return step is not None and not step.is_paused
+
+    def warn(self, message: str) -> None:
+        """Warn once of something that cannot be recorded, and note it in the log; raise nothing."""
+        if message not in self._warned and not self._is_closed:
+            self._writer.note("missed", self.num_steps, reason=message)
+        self._warn(message)
+
+    def state_dict(self, *, sync: bool = True) -> dict[str, Any]:
         """Return what a checkpoint has to hold for the recording to go on from it.
 
-        Everything recorded so far is forced to the disk first, so that the log is never behind the
-        checkpoint.
-        """
-        self.sync()
-        return {"version": 1, "num_steps": self.num_steps, "num_epochs": self.num_epochs}
+        Args:
+            sync: Force everything recorded so far to the disk first, so that the log is never
+                behind the checkpoint.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        Returns:
+            Numbers, and a dict of the numbers that `log` was given.
+        """
+        if sync:
+            self.sync()
+        return {
+            "version": 1,
+            "num_steps": self.num_steps,
+            "num_epochs": self.num_epochs,
+            "epoch_step": self._epoch_step,
+            "scalars": latest_numbers(self._subject.scalars),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; call it before the first step, with `resume=True`.
 
         What was recorded up to the checkpoint's step stays; what earlier attempts recorded after it
@@ -313,8 +357,15 @@ class Recorder:
         self._is_unstated = False
         if self._live is not None:
             self._live.stop()  # Of step 0, before it was known where this goes on.
+        self._epoch_step = state.get("epoch_step", 0)
+        self._subject.scalars.update(state.get("scalars", {}))
         self._writer.resume_at(self.num_steps + 1)
-        self._begin_live(self.num_steps)
+        has_ended = self.num_epochs > 0 and self._epoch_step == self.num_steps
+        epoch = self.num_epochs if has_ended else None
+        self._recorded_before = {
+            m for m in self._measures if self._is_due(m, self.num_steps, epoch)
+        }
+        self._begin_live(self.num_steps, epoch)
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
@@ -359,8 +410,15 @@ class Recorder:
         if self._is_closed:
             return
         for measure in list(self._measures):
-            if measure.training is None and (measure.when or self._when).is_due(step, epoch):
+            if (
+                measure.training is None
+                and self._is_due(measure, step, epoch)
+                and measure not in self._recorded_before
+            ):
                 self._take(measure)
+
+    def _is_due(self, measure: Measure, step: int, epoch: int | None) -> bool:
+        return (measure.when or self._when).is_due(step, epoch)
 
     def _begin_live(self, step: int, epoch: int | None = None) -> None:
         """Observe the training between this step and the next, if that is due."""
@@ -369,7 +427,7 @@ class Recorder:
         due = [
             measure
             for measure in self._measures
-            if measure.training is not None and (measure.when or self._when).is_due(step, epoch)
+            if measure.training is not None and self._is_due(measure, step, epoch)
         ]
         for measure, error in self._live.begin(due).items():
             self._fail(measure, error)
@@ -406,7 +464,8 @@ class Recorder:
             return
         self._done[measure] = self.num_steps
         try:
-            recording = measure.record(self._subject)
+            with nullcontext() if self._live is None else self._live.paused():
+                recording = measure.record(self._subject)
             self._write(measure, recording)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error)
@@ -470,7 +529,7 @@ class Recorder:
             measure.name
             for measure in self._measures
             if measure.training is None
-            and (measure.when or self._when).is_due(0, None)
+            and self._is_due(measure, 0, None)
             and measure not in self._done
         ]
         if missed and not self._is_closed:

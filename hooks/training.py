@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -44,12 +45,14 @@ class Batch:
         ids: One integer per example.
         targets: One target per example.
         reduction: How the loss is made of the losses of the examples.
+        divided_by: What the loss was divided by already when it was told.
         scale: The gradient that arrived at the loss: what it was multiplied with on the way.
     """
 
     ids: npt.NDArray[np.int64] | None = None
     targets: npt.NDArray[Any] | None = None
     reduction: Literal["mean", "sum"] = "mean"
+    divided_by: float = 1
     scale: Tensor | None = None
 
     @property
@@ -100,7 +103,7 @@ class MicroBatch:
         if self.batch is None or self.batch.scale is None:
             return None
         factor = self.num_examples if self.batch.reduction == "mean" else 1
-        return factor / self.batch.scale
+        return factor * self.batch.divided_by / self.batch.scale
 
 
 class TrainingStep:
@@ -117,12 +120,14 @@ class TrainingStep:
         axes: The same.
         error: What went wrong in a hook, which never raises into the training.
         num_late_passes: The number of passes left out as the weights had changed.
+        is_paused: What runs now is no pass of the training, but a measure of ours.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
         self._model = model
         self.axes = axes
         self._micro_batches: list[MicroBatch] = []
+        self._forward = _forward_of(model)
         self._running: Pass | None = None
         self._depth = 0
         self._told: Batch | None = None  # Of the micro-batch that comes next.
@@ -131,6 +136,7 @@ class TrainingStep:
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
         self.num_late_passes = 0
+        self.is_paused = False
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
         self._stack.callback(add_hook(model, self._guarded(self._enter), is_before=True))
@@ -139,6 +145,10 @@ class TrainingStep:
     def stop(self) -> None:
         """Leave the model as it was."""
         self._stack.close()
+
+    def observes(self) -> bool:
+        """Whether a hook that is called now is to look."""
+        return self.error is None and not self.is_paused and not torch.compiler.is_compiling()
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -188,7 +198,9 @@ class TrainingStep:
         elif last.batch is None:
             self._attach(last, batch)
         elif batch.num_examples is None:
-            batch = last.batch  # Its examples were named before, and now comes the loss.
+            # Its examples were named before, and now comes the loss.
+            last.batch.reduction, last.batch.divided_by = batch.reduction, batch.divided_by
+            batch = last.batch
         else:
             self._told, self._is_apart = batch, True
         if loss is not None and loss.requires_grad:
@@ -211,7 +223,7 @@ class TrainingStep:
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:
-            if self.error is None and not torch.compiler.is_compiling() and not is_recomputing():
+            if self.observes() and not is_recomputing():
                 try:
                     hook(*args)
                 except Exception as error:
@@ -228,6 +240,9 @@ class TrainingStep:
             return
         micro_batch = self._open(self.axes.size_of(args, kwargs))
         if micro_batch is not None:
+            if _forward_of(self._model) is not self._forward:
+                # As a trainer runs a whole step through it, which must not run twice.
+                self.axes.give_up("its forward was replaced by another function meanwhile")
             self.axes.look(self._model, args, kwargs, micro_batch.size)  # Nothing runs as yet.
             self._running = Pass(micro_batch)
             micro_batch.passes.append(self._running)
@@ -276,10 +291,14 @@ class BatchContext:
         if step is not None:
             step.tell(batch, loss, is_ahead=False)
 
-    def __enter__(self) -> None:
+    def lies_ahead(self) -> None:
+        """Say that the forward pass of this micro-batch is still to come."""
         if self._step is not None:
             self._step.take_back(self._batch)
             self._step.tell(self._batch, None, is_ahead=True)
+
+    def __enter__(self) -> None:
+        self.lies_ahead()
 
     def __exit__(
         self,
@@ -291,7 +310,13 @@ class BatchContext:
             self._step.end_batch()
 
 
-def make_batch(ids: Any, targets: Any, loss: Any, reduction: Literal["mean", "sum"]) -> Batch:
+def make_batch(
+    ids: Any,
+    targets: Any,
+    loss: Any,
+    reduction: Literal["mean", "sum"],
+    divided_by: float,
+) -> Batch:
     """Check what a loop tells of a micro-batch.
 
     Raises:
@@ -299,6 +324,8 @@ def make_batch(ids: Any, targets: Any, loss: Any, reduction: Literal["mean", "su
     """
     if reduction not in ("mean", "sum"):
         raise InvalidInputError(f"`reduction` (={reduction!r}) must be 'mean' or 'sum'")
+    if not divided_by > 0:
+        raise InvalidInputError(f"`divided_by` (={divided_by}) must be > 0")
     if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
         what = f"has shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
         raise InvalidInputError(f"`loss` {what}; expected the tensor that backward() is called on")
@@ -317,7 +344,13 @@ def make_batch(ids: Any, targets: Any, loss: Any, reduction: Literal["mean", "su
         )
     if given_ids is not None:
         given_ids = given_ids.astype(np.int64)
-    return Batch(given_ids, given_targets, reduction)
+    return Batch(given_ids, given_targets, reduction, divided_by)
+
+
+def _forward_of(model: nn.Module) -> Any:  # Any: a function of any kind.
+    """Return the function behind a model's forward, whatever wraps it, as for mixed precision."""
+    forward = inspect.unwrap(model.forward)
+    return getattr(forward, "__func__", forward)
 
 
 def _to_numpy(values: Any) -> npt.NDArray[Any]:

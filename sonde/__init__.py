@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sonde.hooks import (
         TRAINING,
         Activations,
+        Config,
         DecisionPlanes,
         ExampleGradients,
         Full,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         example_gradients,
         gradient_rule,
         layers,
+        load_config,
         log_spaced,
     )
     from sonde.log import Run, open_run
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TRAINING",
     "Activations",
+    "Config",
     "DecisionPlanes",
     "ExampleGradients",
     "Full",
@@ -67,6 +70,7 @@ __all__ = [
     "hooks",
     "integrations",
     "layers",
+    "load_config",
     "log_spaced",
     "open_run",
 ]

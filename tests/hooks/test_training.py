@@ -776,3 +776,23 @@ def test_output_gradients_of_a_probe_are_refused(tmp_path: Path) -> None:
     measure = sonde.OutputGradients(sonde.Probe(torch.ones(2, 4)))
     with pytest.raises(ValueError, match=r"give sonde\.TRAINING"):
         sonde.Recorder(tmp_path / "run", Net(), [measure])
+
+
+def test_a_measure_of_a_probe_is_no_pass_of_the_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
+    measures = [
+        sonde.Activations(sonde.TRAINING),
+        sonde.ExampleGradients(sonde.Probe(inputs, targets), nn.functional.cross_entropy),
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sonde.Recorder(tmp_path / "run", model, measures, on_error="raise")
+    recorder.attach(optimizer)
+    recorder.measure()  # While the training is observed.
+    nn.functional.cross_entropy(model(inputs[:5]), targets[:5]).backward()
+    optimizer.step()
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert run.activations["0"].gram(step=0).shape == (5, 5)
+    assert run.steps("example_gradients") == [0, 1]
