@@ -2,6 +2,7 @@
 
 from .attach import attach
 from .config import Config
+from .config_file import load_config
 from .examplegrads import ExampleGradientGrams, example_gradient_grams
 from .layer_list import Layer, Layers, layers
 from .measures import (
@@ -52,6 +53,7 @@ __all__ = [
     "example_gradient_grams",
     "layers",
     "layers_of",
+    "load_config",
     "log_spaced",
     "select_layers",
 ]

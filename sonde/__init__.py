@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         epochs,
         every,
         layers,
+        load_config,
         log_spaced,
     )
     from sonde.log import Run, open_run
@@ -65,6 +66,7 @@ __all__ = [
     "hooks",
     "integrations",
     "layers",
+    "load_config",
     "log_spaced",
     "open_run",
 ]
