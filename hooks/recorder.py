@@ -34,6 +34,7 @@ from .measures.base import Measure, Recording, Subject
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
+from .sharding import agree_on_sources, has_sharded_parameters, is_distributed
 from .sources import check_names, name_probes
 from .training import Batch, BatchContext, make_batch
 
@@ -106,6 +107,8 @@ class Recorder:
         check_names(self._measures)
         for measure in self._measures:
             measure.check(self._subject.model)
+        rank, num_ranks = process_rank(os.environ)
+        self._agree(num_ranks)
         self._check_size(max_step_bytes)
         self._done: dict[Measure, int] = {}
         self._facts: dict[tuple[str, str, str], Any] = {}
@@ -119,8 +122,10 @@ class Recorder:
         tables = {
             measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
             for measure in self._measures
+            if not (rank and measure.is_sharded)
         }
-        rank, num_ranks = process_rank(os.environ)
+        # What it evaluates together with the other ranks, rank 0 records.
+        self._silent = [m for m in self._measures if rank and m.is_sharded]
         about = environment()
         if resume and overwrite:
             raise InvalidInputError("give `resume` or `overwrite`, not both")
@@ -134,6 +139,7 @@ class Recorder:
                 "world_size": num_ranks,
                 # Not known yet, until a checkpoint is loaded or the first step is counted.
                 "resume_step": None if resume else 0,
+                "records_nothing": len(self._silent) == len(self._measures),
                 "started": _now(),
                 "hostname": about["hostname"],
             },
@@ -432,6 +438,8 @@ class Recorder:
         self._warn_of_writer()
 
     def _write(self, measure: Measure, recording: Recording) -> None:
+        if measure in self._silent:
+            return
         for event, facts in recording.notes.items():
             key = (measure.name, measure.source, event)
             if self._facts.get(key) != facts:
@@ -543,6 +551,26 @@ class Recorder:
             raise InvalidInputError(f"`on_error` (={self._on_error!r}) must be 'warn' or 'raise'")
         if self._steps_per_epoch is not None and self._steps_per_epoch < 1:
             raise InvalidInputError(f"`steps_per_epoch` (={self._steps_per_epoch}) must be >= 1")
+
+    def _agree(self, num_ranks: int) -> None:
+        """Let all ranks evaluate together what takes all of them.
+
+        Raises:
+            InvalidInputError: If they cannot talk to each other yet.
+            MismatchError: If they were given different measures.
+        """
+        is_sharded = has_sharded_parameters(self._subject.model)
+        sharded = [m for m in self._measures if m.is_sharded]
+        together = [m for m in self._measures if m.training is None] if is_sharded else sharded
+        if sharded and num_ranks > 1 and not is_distributed():
+            raise InvalidInputError(
+                f"{sharded[0].probe!r} is sharded, but the ranks cannot talk to each other yet; "
+                "make the recorder after torch.distributed.init_process_group()"
+            )
+        if together and is_distributed():
+            agree_on_sources(
+                [(m.name, m.source, m.probe.describe() if m.probe else {}) for m in together]
+            )
 
     def _describe(
         self, config: Mapping[str, Any] | None, about: Mapping[str, Any]

@@ -132,6 +132,8 @@ class TrainingStep:
         self._depth = 0
         self._told: Batch | None = None  # Of the micro-batch that comes next.
         self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
+        # Not those a pass finds: with sharded parameters the layers then hold others, whole ones.
+        self._parameters = list(model.parameters())
         self._versions = self._parameter_versions()
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
@@ -279,7 +281,7 @@ class TrainingStep:
         return micro_batch
 
     def _parameter_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._model.parameters()]
+        return [parameter._version for parameter in self._parameters]
 
 
 class BatchContext:
