@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +67,12 @@ class Recorder:
         max_step_bytes: Refuse to start if a step at which everything is due would write more than
             this, by `estimate`.
 
+    Attributes:
+        num_steps: Completed optimizer steps.
+        num_epochs: Completed epochs.
+        num_records: How many records this process has taken.
+        num_bytes: How many bytes their arrays have.
+
     Raises:
         InvalidInputError: If an argument does not fit the model or the others, or a step would
             write too much.
@@ -97,6 +103,8 @@ class Recorder:
         self.path = Path(path)
         self.num_steps = 0
         self.num_epochs = 0
+        self.num_records = 0
+        self.num_bytes = 0
         self._subject = Subject(unwrap(model))
         self._measures = list(measures)
         self._when = log_spaced() if when is None else when
@@ -113,7 +121,7 @@ class Recorder:
         self._done: dict[Measure, int] = {}
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
-        self._handles: list[Any] = []
+        self._ends: list[Callable[[], None]] = []
         self._is_closed = False
         self._has_started = False
         self._is_unstated = resume
@@ -188,12 +196,26 @@ class Recorder:
         def after(*_: object) -> None:
             self.step()
 
-        self._handles = [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
-        ]
+        self.at_close(
+            optimizer.register_step_pre_hook(before).remove,
+            optimizer.register_step_post_hook(after).remove,
+        )
         self._subject.optimizers.append(optimizer)
         return self
+
+    @property
+    def scalars(self) -> Mapping[str, Any]:
+        """The latest value of everything given to `log`."""
+        return self._subject.scalars
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an optimizer is attached, which counts the steps."""
+        return bool(self._subject.optimizers)
+
+    def at_close(self, *ends: Callable[[], None]) -> None:
+        """Call functions once when the recorder closes, such as those that remove hooks."""
+        self._ends += ends
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
@@ -256,6 +278,7 @@ class Recorder:
         *,
         reduction: Literal["mean", "sum"] = "mean",
         divided_by: float = 1,
+        num_real: int | None = None,
     ) -> BatchContext:
         """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
 
@@ -272,6 +295,9 @@ class Recorder:
             reduction: How it is made of the losses of the examples: their `mean` or `sum`.
             divided_by: What it was divided by already, as some trainers divide it by the number of
                 accumulated micro-batches before they show it.
+            num_real: How many of the examples count, from the first on, where the others are copies
+                that only fill up the batch, so that all ranks have as many; the record has
+                `is_duplicate` then.
 
         Returns:
             A context manager; it need not be used as one.
@@ -279,7 +305,7 @@ class Recorder:
         step = None if self._live is None else self._live.step
         if step is not None:
             try:
-                batch = make_batch(ids, targets, loss, reduction, divided_by)
+                batch = make_batch(ids, targets, loss, reduction, divided_by, num_real)
                 return BatchContext(step, batch, loss)
             except Exception as error:
                 if self._on_error == "raise":
@@ -357,8 +383,8 @@ class Recorder:
         self._is_closed = True
         if self._live is not None:
             self._live.stop()
-        for handle in self._handles:
-            handle.remove()
+        for end in self._ends:
+            end()
         self._report_idle_schedules()
         self._writer.close(reason, timeout)
         self._warn_of_writer()
@@ -465,6 +491,8 @@ class Recorder:
             more = f"; and {len(news) - 5} more" if len(news) > 5 else ""
             self._warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
         if recording.arrays:
+            self.num_records += 1
+            self.num_bytes += sum(array.values.nbytes for array in recording.arrays)
             self._writer.append(
                 measure.name,
                 measure.source,

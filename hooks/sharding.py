@@ -116,6 +116,19 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     return bool(_sharded_modules(model))
 
 
+def take_buffers_of_first(model: nn.Module) -> None:
+    """Give a model the buffers of rank 0, which `undisturbed` takes back.
+
+    Running statistics differ between ranks: DistributedDataParallel evens them out in the next
+    forward pass of the training only.
+    """
+    with torch.no_grad():
+        for buffer in model.buffers():
+            of_first = buffer.detach().clone(memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(of_first, 0)
+            buffer.copy_(of_first)
+
+
 def let_go_of_gathered(model: nn.Module) -> None:
     """Free the whole parameters that a forward pass left in a model with sharded ones.
 

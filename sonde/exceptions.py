@@ -54,3 +54,13 @@ class DamageError(SondeError, ValueError):
 
 class FormatError(SondeError, ValueError):
     """A log file is of a newer format, or no log file at all."""
+
+
+class MissingExtraError(SondeError, ImportError):
+    """A package is not installed that an integration needs; the message names the extra."""
+
+    def __init__(self, integration: str, package: str) -> None:
+        super().__init__(
+            f"sonde.integrations.{integration} needs {package}; "
+            f"install it by: pip install 'sonde[{integration}]'"
+        )

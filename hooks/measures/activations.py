@@ -18,7 +18,7 @@ from sonde.hooks.passes import Pass, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
-from sonde.hooks.sharding import Shards, agreed, tell_all
+from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
 from sonde.hooks.stores import Accumulator, Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import TrainingStep
@@ -121,6 +121,7 @@ class Activations(LayerMeasure):
         self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module], shards: Shards
     ) -> Recording:
         """Run this rank's part of the probe; the recording of rank 0 is of all parts."""
+        take_buffers_of_first(model)
         if model not in self._small:
             self._small[model] = agreed(lambda: self._run_small(model, probe, selected))
         small = self._small[model]

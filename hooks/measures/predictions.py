@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.probes import call, device_of, undisturbed
-from sonde.hooks.sharding import Shards, agreed, collect
+from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
 from sonde.hooks.stores import to_log_array
 from sonde.hooks.taps import tensor_leaves
 
@@ -55,6 +55,7 @@ class Predictions(ProbeMeasure):
         """Return the outputs for the examples of this rank, on the CPU."""
         found = []
         with undisturbed(model), torch.no_grad():
+            take_buffers_of_first(model)
             for rows, is_own in shards.batches():
                 inputs, _ = self.probe.rows(rows, device_of(model))
                 logits = logits_of(call(model, inputs)).cpu()
