@@ -44,3 +44,18 @@ def plan_passes(
             free -= needed
         passes[-1][layer] = range(start, len(batch_sizes))
     return passes
+
+
+def pass_bytes(held: Pass, held_bytes: Mapping[str, int], batch_sizes: Sequence[int]) -> int:
+    """Return how many bytes a pass holds.
+
+    Args:
+        held: The pass.
+        held_bytes: What is held of one example of each layer, in bytes.
+        batch_sizes: The number of examples of each batch.
+    """
+    needing = batch_sizes[:-1]
+    return sum(
+        held_bytes[layer] * sum(needing[batches.start : batches.stop])
+        for layer, batches in held.items()
+    )

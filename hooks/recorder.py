@@ -29,6 +29,7 @@ from sonde.sizes import size_text
 from . import closing
 from .environment import describe_model, environment, process_rank
 from .estimate import Estimate, estimate
+from .host_copies import wait_for_copies
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .run_directory import create_run
@@ -491,6 +492,7 @@ class Recorder:
             more = f"; and {len(news) - 5} more" if len(news) > 5 else ""
             self._warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
         if recording.arrays:
+            wait_for_copies()
             self.num_records += 1
             self.num_bytes += sum(array.values.nbytes for array in recording.arrays)
             self._writer.append(

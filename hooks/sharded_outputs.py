@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sonde.log import LogArray
 
+from .host_copies import wait_for_copies
 from .sharding import Shards, collect, each_rank_features
-from .stores import Accumulator, Gram, Store, to_log_array
+from .stores import Accumulator, Gram, Room, Store, to_log_array
 
 
 class OwnPart:
@@ -32,12 +33,13 @@ class OwnPart:
         self._store = store
         self._shards = shards
 
-    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator for one layer, and the examples of this rank.
 
         Args:
             num_examples: Their number.
             none: The features of no example, [0, …].
+            room: Not used, as nothing is held for later batches.
         """
         if isinstance(self._store, Gram) and self._store.block is None:
             return _GramRows(self._store, self._shards, none)
@@ -53,7 +55,9 @@ def join_ranks(accumulator: Accumulator, shards: Shards, layer: str) -> LogArray
         layer: The layer.
     """
     is_needed = shards.num_examples > 0 or isinstance(accumulator, _GramRows)
-    parts = collect(accumulator.result(layer) if is_needed else None)
+    own = accumulator.result(layer) if is_needed else None
+    wait_for_copies()
+    parts = collect(own)
     if parts is None:
         return None
     return _joined([part for part in parts if part is not None])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -22,8 +22,40 @@ from torch import Tensor
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
+from .host_copies import empty_on_host, on_host, start_copy, wait_for_copies
+
+# Of a copy in a room, in bytes: a line of the cache.
+_ALIGNMENT = 64
 _DENSE_DIM = 256
 _DENSE_FEATURES = 4096
+
+
+class Room:
+    """One block of memory for the features that a pass holds, used again by the next pass.
+
+    Copies of many sizes, made and freed in turn, would leave gaps that nothing fits into.
+
+    Args:
+        num_bytes: Its size; what does not fit gets memory of its own.
+        device: Where it is.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._next = 0
+
+    def clear(self) -> None:
+        """Give all of it to the copies of another pass; the earlier ones are overwritten."""
+        self._next = 0
+
+    def copy(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a copy of a tensor, in another type."""
+        start = -(-self._next // _ALIGNMENT) * _ALIGNMENT
+        end = start + values.numel() * dtype.itemsize
+        if end > len(self._bytes):
+            return values.to(dtype, copy=True)
+        self._next = end
+        return self._bytes[start:end].view(dtype).view(values.shape).copy_(values)
 
 
 class Accumulator(ABC):
@@ -51,12 +83,13 @@ class Store(ABC):
     """A form in which features can be kept."""
 
     @abstractmethod
-    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator for one layer and one pass over `num_examples` examples.
 
         Args:
             num_examples: Their number.
             none: The features of no example, [0, …].
+            room: Where to hold features for later batches.
         """
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
@@ -142,11 +175,11 @@ class Gram(Store):
                 "precision loses what centring leaves"
             )
 
-    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
         if self.block is not None:
             return _PartAccumulator(self)
-        return _GramAccumulator(self, num_examples, none)
+        return _GramAccumulator(self, num_examples, none, room)
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
         """Return how many bytes of an example are held while later batches come."""
@@ -244,9 +277,13 @@ class Sketch(Store):
         if self.dim < 1:
             raise InvalidInputError(f"`dim` (={self.dim}) must be >= 1")
 
-    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
+    def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
-        return _RowsAccumulator(self, num_examples, none)
+
+        def sketches(features: Tensor) -> Tensor:
+            return self.part(features, is_held=False).values
+
+        return _RowsAccumulator(self, sketches, sketches(none).new_empty(num_examples, self.dim))
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer, whatever the shape of its features."""
@@ -310,9 +347,13 @@ class Full(Store):
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidInputError(f"`dtype` (={self.dtype}) must be a floating-point type")
 
-    def accumulator(self, num_examples: int, none: Tensor) -> Accumulator:
-        """Return an accumulator that holds the features of the examples so far."""
-        return _RowsAccumulator(self, num_examples, none)
+    def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
+        """Return an accumulator that holds the features of the examples so far, on the host."""
+        rows = self.rows(none)
+        shape = (num_examples, rows.shape[1])
+        return _RowsAccumulator(
+            self, self.rows, empty_on_host(shape, self.dtype or rows.dtype, none.device)
+        )
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer."""
@@ -322,6 +363,13 @@ class Full(Store):
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return a copy of the features of some examples."""
+        rows = self.rows(features)
+        copy = empty_on_host(rows.shape, self.dtype or rows.dtype, rows.device)
+        start_copy(copy, rows)
+        return Part(copy)
+
+    def rows(self, features: Tensor) -> Tensor:
+        """Return what is kept of some examples, which may still be their own memory."""
         kept = features.detach()
         if self.pool is not None and kept.ndim > 2:
             positions = kept.flatten(2)
@@ -329,7 +377,7 @@ class Full(Store):
         kept = _as_matrix(kept)
         if self.units is not None and self.units < kept.shape[1]:
             kept = kept[:, _drawn(kept.shape[1], self.units, self.seed).to(kept.device)]
-        return Part(kept.to("cpu", self.dtype or kept.dtype, copy=True))
+        return kept
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
         """Return the features of all examples.
@@ -357,9 +405,9 @@ def to_log_array(
 ) -> LogArray:
     """Bring a tensor that nobody changes any more to the CPU, as an array of the log.
 
-    bfloat16 keeps its bits.
+    bfloat16 keeps its bits. From an accelerator the values are there after `wait_for_copies`.
     """
-    values = values.detach().cpu()
+    values = on_host(values.detach())
     if values.dtype == torch.bfloat16:
         bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
         return LogArray(field, bits, dims, layer, dtype="bfloat16", is_owned=True)
@@ -367,9 +415,10 @@ def to_log_array(
 
 
 class _GramAccumulator(Accumulator):
-    def __init__(self, store: Gram, num_examples: int, none: Tensor) -> None:
+    def __init__(self, store: Gram, num_examples: int, none: Tensor, room: Room | None) -> None:
         self._store = store
         self._num_examples = num_examples
+        self._room = room or Room(0, none.device)
         size = (num_examples, num_examples)
         self._gram = torch.zeros(size, dtype=store.dtype_for(none.dtype), device=none.device)
         self._held: list[tuple[slice, Tensor]] = []
@@ -385,7 +434,8 @@ class _GramAccumulator(Accumulator):
         self._next = rows.stop
         # Later batches need these features again, and the model may overwrite them.
         is_needed = is_held and rows.stop < self._num_examples
-        batch = batch.to(self._store.dtype_for(batch.dtype), copy=is_needed)
+        dtype = self._store.dtype_for(batch.dtype)
+        batch = self._room.copy(batch, dtype) if is_needed else batch.to(dtype)
         for columns, other in self._held:
             torch.mm(batch, other.T, out=self._gram[rows, columns])
             self._gram[columns, rows] = self._gram[rows, columns].T
@@ -420,15 +470,15 @@ class _RowsAccumulator(Accumulator):
     Many small ones, made in between, would keep the memory of large ones from being given back.
     """
 
-    def __init__(self, store: Store, num_examples: int, none: Tensor) -> None:
+    def __init__(self, store: Store, reduce: Callable[[Tensor], Tensor], rows: Tensor) -> None:
         self._store = store
-        kept = store.part(none, is_held=False).values
-        self._rows = kept.new_empty(num_examples, kept.shape[1])
+        self._reduce = reduce
+        self._rows = rows
         self._next = 0
 
     def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        values = self._store.part(features, is_held=False).values
-        self._rows[self._next : self._next + len(values)] = values
+        values = self._reduce(features)
+        start_copy(self._rows[self._next : self._next + len(values)], values)
         self._next += len(values)
 
     def result(self, layer: str) -> LogArray:
@@ -450,6 +500,7 @@ def _self_product(batch: Tensor) -> Tensor:
 
 
 def _one_behind_the_other(parts: Sequence[Part]) -> Tensor:
+    wait_for_copies()
     values = [part.values for part in parts]
     return torch.cat(values) if len(values) > 1 else values[0]
 

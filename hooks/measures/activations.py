@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from sonde.hooks.batch_axes import batch_axis
 from sonde.hooks.live_outputs import LiveOutputs
-from sonde.hooks.passes import Pass, plan_passes
+from sonde.hooks.passes import Pass, pass_bytes, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
 from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
-from sonde.hooks.stores import Accumulator, Gram, Store
+from sonde.hooks.stores import Accumulator, Gram, Room, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import TrainingStep
 from sonde.log import LogArray
@@ -97,10 +97,13 @@ class Activations(LayerMeasure):
             batch_size = block or probe.batch_size
             starts = range(0, probe.num_examples, batch_size)
             sizes = [min(batch_size, probe.num_examples - start) for start in starts]
-            outputs = _Outputs(self.store, probe.num_examples, small)
             kept_bytes = small.kept_bytes(self.store, probe.num_examples)
             free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
-            for held in plan_passes(small.held_bytes(self.store), sizes, free_bytes):
+            held_bytes = small.held_bytes(self.store)
+            passes = plan_passes(held_bytes, sizes, free_bytes)
+            room = Room(max(pass_bytes(held, held_bytes, sizes) for held in passes), small.device)
+            outputs = _Outputs(self.store, probe.num_examples, small, room)
+            for held in passes:
                 first = min((batches.start for batches in held.values()), default=0)
                 outputs.start_pass(held, starts[first])
                 for batch in range(first, len(starts)):
@@ -125,7 +128,8 @@ class Activations(LayerMeasure):
         if model not in self._small:
             self._small[model] = agreed(lambda: self._run_small(model, probe, selected))
         small = self._small[model]
-        outputs = _Outputs(OwnPart(self.store, shards), shards.num_examples, small)
+        own = OwnPart(self.store, shards)
+        outputs = _Outputs(own, shards.num_examples, small, Room(0, small.device))
         kept_bytes = small.kept_bytes(self.store, probe.num_examples)
         free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
         arrays = []
@@ -221,14 +225,17 @@ class _SmallRun:
 class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(self, store: Store | OwnPart, num_examples: int, small: _SmallRun) -> None:
+    def __init__(
+        self, store: Store | OwnPart, num_examples: int, small: _SmallRun, room: Room
+    ) -> None:
+        self._room = room
         self._num_examples = num_examples
         self._small = small
         self._axes: dict[str, int | None] = {}
         self._held: Pass = {}
         none = small.none()
         self._accumulators = {
-            name: store.accumulator(num_examples, features) for name, features in none.items()
+            name: store.accumulator(num_examples, features, room) for name, features in none.items()
         }
         self._counts: Counter[str] = Counter()
         self._shapes = {name: list(features.shape[1:]) for name, features in none.items()}
@@ -238,7 +245,7 @@ class _Outputs:
     def start_pass(self, held: Pass, first: int) -> None:
         """Start a pass that holds these batches of these outputs, and begins at an example."""
         self._held = held
-        self._first = first
+        self._room.clear()
         for accumulator in self._accumulators.values():
             accumulator.start(first)
 

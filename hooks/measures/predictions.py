@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.host_copies import on_host, wait_for_copies
 from sonde.hooks.probes import call, device_of, undisturbed
 from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
 from sonde.hooks.stores import to_log_array
@@ -47,7 +48,8 @@ class Predictions(ProbeMeasure):
         batches = []
         with undisturbed(subject.model), torch.no_grad():
             for inputs, _ in self.probe.batches(device_of(subject.model)):
-                batches.append(logits_of(call(subject.model, inputs)).cpu())
+                batches.append(on_host(logits_of(call(subject.model, inputs))))
+        wait_for_copies()
         logits = torch.cat(batches)
         return _recording(logits)
 
