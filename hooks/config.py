@@ -53,8 +53,8 @@ class Config:
         planes: How many decision planes through the probe's examples; they need floating-point
             inputs of at least three classes.
         resolution: Points per axis of a decision plane.
-        id_key: Which entry of a batch, where batches are mappings, holds the ids of its examples;
-            for the integrations of trainers, which see the batches.
+        id_key: Which entry of a batch holds the ids of its examples: its name, or its position in
+            batches that are tuples; for the integrations of trainers, which see the batches.
         reduction: How the training's loss is made of the losses of the examples; without it,
             gradients in band keep the scale of the loss. For the integrations, too.
         options: Other arguments of `Recorder`, by name.
@@ -71,7 +71,7 @@ class Config:
     when: Schedule | None = None
     planes: int = 0
     resolution: int = 32
-    id_key: str | None = None
+    id_key: str | int | None = None
     reduction: Literal["mean", "sum"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # Any: as the recorder has them.
 

@@ -43,6 +43,18 @@ class LiveMeasures:
                 failed[measure] = error
         return failed
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs within, such as the passes of a probe."""
+        step = self.step
+        if step is not None:
+            step.is_paused = True
+        try:
+            yield
+        finally:
+            if step is not None:
+                step.is_paused = False
+
     def finish(self) -> dict[Measure, Recording | Exception]:
         """Leave the model as it was; return what each measure saw, or why it failed."""
         finished: dict[Measure, Recording | Exception] = {}
@@ -53,18 +65,6 @@ class LiveMeasures:
                 finished[measure] = error
         self.stop()
         return finished
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Look away for a while, as what runs is a probe."""
-        step = self.step
-        if step is not None:
-            step.is_paused = True
-        try:
-            yield
-        finally:
-            if step is not None:
-                step.is_paused = False
 
     def stop(self) -> None:
         """Leave the model as it was; what was seen is dropped."""

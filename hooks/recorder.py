@@ -32,6 +32,7 @@ from .estimate import Estimate, estimate
 from .host_copies import wait_for_copies
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .measures.scalars import latest_numbers
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
@@ -106,6 +107,7 @@ class Recorder:
         self.num_epochs = 0
         self.num_records = 0
         self.num_bytes = 0
+        self._epoch_step = 0
         self._subject = Subject(unwrap(model))
         self._measures = list(measures)
         self._when = log_spaced() if when is None else when
@@ -120,6 +122,7 @@ class Recorder:
         self._agree(num_ranks)
         self._check_size(max_step_bytes)
         self._done: dict[Measure, int] = {}
+        self._recorded_before: set[Measure] = set()  # At the step of the checkpoint.
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
         self._ends: list[Callable[[], None]] = []
@@ -190,9 +193,7 @@ class Recorder:
             is_complete = not args and kwargs.get("closure") is None
             if is_complete and self._live is not None and self._live.has_gradients:
                 self._finish_live()
-            if not self._has_started:
-                self._has_started = True
-                self._measure_due(0)
+            self.start()
 
         def after(*_: object) -> None:
             self.step()
@@ -218,6 +219,16 @@ class Recorder:
         """Call functions once when the recorder closes, such as those that remove hooks."""
         self._ends += ends
 
+    def start(self) -> None:
+        """Take what is due before the first step, unless that was done.
+
+        An attached recorder does it when the optimizer first steps; call it where that is too late,
+        as the optimizer runs the forward pass itself, in a closure.
+        """
+        if not self._has_started:
+            self._has_started = True
+            self._measure_due(0)
+
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
         self._finish_live()
@@ -225,9 +236,11 @@ class Recorder:
             self._warn_of_missed_start()
             self._has_started = True
         self.num_steps += 1
+        self._recorded_before.clear()
         epoch = None
         if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
             self.num_epochs += 1
+            self._epoch_step = self.num_steps
             epoch = self.num_epochs
         self._measure_due(self.num_steps, epoch)
         self._begin_live(self.num_steps, epoch)
@@ -237,6 +250,7 @@ class Recorder:
         if self._steps_per_epoch:
             return
         self.num_epochs += 1
+        self._epoch_step = self.num_steps
         self._measure_due(self.num_steps, self.num_epochs)
         self._begin_live(self.num_steps, self.num_epochs)
 
@@ -326,16 +340,27 @@ class Recorder:
             self._writer.note("missed", self.num_steps, reason=message)
         self._warn(message)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self, *, sync: bool = True) -> dict[str, Any]:
         """Return what a checkpoint has to hold for the recording to go on from it.
 
-        Everything recorded so far is forced to the disk first, so that the log is never behind the
-        checkpoint.
-        """
-        self.sync()
-        return {"version": 1, "num_steps": self.num_steps, "num_epochs": self.num_epochs}
+        Args:
+            sync: Force everything recorded so far to the disk first, so that the log is never
+                behind the checkpoint.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        Returns:
+            Numbers, and a dict of the numbers that `log` was given.
+        """
+        if sync:
+            self.sync()
+        return {
+            "version": 1,
+            "num_steps": self.num_steps,
+            "num_epochs": self.num_epochs,
+            "epoch_step": self._epoch_step,
+            "scalars": latest_numbers(self._subject.scalars),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; call it before the first step, with `resume=True`.
 
         What was recorded up to the checkpoint's step stays; what earlier attempts recorded after it
@@ -364,8 +389,15 @@ class Recorder:
         self._is_unstated = False
         if self._live is not None:
             self._live.stop()  # Of step 0, before it was known where this goes on.
+        self._epoch_step = state.get("epoch_step", 0)
+        self._subject.scalars.update(state.get("scalars", {}))
         self._writer.resume_at(self.num_steps + 1)
-        self._begin_live(self.num_steps)
+        has_ended = self.num_epochs > 0 and self._epoch_step == self.num_steps
+        epoch = self.num_epochs if has_ended else None
+        self._recorded_before = {
+            m for m in self._measures if self._is_due(m, self.num_steps, epoch)
+        }
+        self._begin_live(self.num_steps, epoch)
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
@@ -410,8 +442,15 @@ class Recorder:
         if self._is_closed:
             return
         for measure in list(self._measures):
-            if measure.training is None and (measure.when or self._when).is_due(step, epoch):
+            if (
+                measure.training is None
+                and self._is_due(measure, step, epoch)
+                and measure not in self._recorded_before
+            ):
                 self._take(measure)
+
+    def _is_due(self, measure: Measure, step: int, epoch: int | None) -> bool:
+        return (measure.when or self._when).is_due(step, epoch)
 
     def _begin_live(self, step: int, epoch: int | None = None) -> None:
         """Observe the training between this step and the next, if that is due."""
@@ -420,7 +459,7 @@ class Recorder:
         due = [
             measure
             for measure in self._measures
-            if measure.training is not None and (measure.when or self._when).is_due(step, epoch)
+            if measure.training is not None and self._is_due(measure, step, epoch)
         ]
         for measure, error in self._live.begin(due).items():
             self._fail(measure, error)
@@ -526,7 +565,7 @@ class Recorder:
             measure.name
             for measure in self._measures
             if measure.training is None
-            and (measure.when or self._when).is_due(0, None)
+            and self._is_due(measure, 0, None)
             and measure not in self._done
         ]
         if missed and not self._is_closed:

@@ -122,7 +122,7 @@ class TrainingStep:
         axes: The same.
         error: What went wrong in a hook, which never raises into the training.
         num_late_passes: The number of passes left out as the weights had changed.
-        is_paused: What runs now is not the training, such as a probe.
+        is_paused: What runs now is no pass of the training, but a measure of ours.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:

@@ -15,7 +15,7 @@ from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
 
 
-def tell_batches(recorder: Recorder, model: nn.Module, id_key: str) -> Callable[[], None]:
+def tell_batches(recorder: Recorder, model: nn.Module, id_key: str | int) -> Callable[[], None]:
     """Tell a recorder the ids of every batch that a model is called with, before it is called.
 
     Ids are read from the model's keyword arguments, or from its first argument that is a mapping.

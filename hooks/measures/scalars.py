@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,3 +65,14 @@ class Scalars(Measure):
                 continue
             recording.arrays.append(LogArray(name, number, ()))
         return recording
+
+
+def latest_numbers(scalars: Mapping[str, Any]) -> dict[str, float]:  # Any: what the user logged.
+    """Return the scalars that are numbers, for a checkpoint; what is none is left out."""
+    numbers = {}
+    for name, value in scalars.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+    return numbers

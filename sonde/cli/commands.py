@@ -1,4 +1,4 @@
-"""The command line: look at recorded runs and analyze them, without torch.
+"""The command line: record trainings, look at recorded runs and analyze them, without torch.
 
 A command parses its options, calls one function of `sonde.analysis` or `sonde.log`, and prints the
 result; whatever is heavy to import is imported in its body.
@@ -21,6 +21,7 @@ from .analyses import boundary, cka, stiffness
 from .console import Group, help_of, working
 from .export import export
 from .options import Json, RunPath, RunPaths, open_all, use_no_window
+from .run import Launched, run_script
 from .show import print_overviews, print_run
 
 app = typer.Typer(
@@ -34,11 +35,23 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the entry point of the program `sonde`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Where × or – cannot be written, a question mark is better than a traceback.
-            stream.reconfigure(errors="replace")
-    app(prog_name="sonde")
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    hook = sys.excepthook
+    for stream in streams:
+        # Where × or – cannot be written, a question mark is better than a traceback.
+        stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="sonde")
+    except Launched as launched:
+        launch = launched.launch
+    # Out here nothing of the command line is left that could change how the script runs and ends.
+    for stream, errors in zip(streams, before, strict=True):
+        stream.reconfigure(errors=errors)
+    sys.excepthook = hook
+    from sonde.integrations import launcher
+
+    launcher.run(launch)
 
 
 def _print_version(wanted: bool) -> None:
@@ -230,5 +243,11 @@ def _tensorboard_line(folders: dict[str, Path], logdir: Path | None) -> str:
     return shlex.join(["tensorboard", "--logdir", str(shown)])
 
 
+app.command(
+    "run",
+    help=help_of(run_script),
+    # Whatever follows the script is its own, options too.
+    context_settings={"allow_interspersed_args": False},
+)(run_script)
 for _function in (ls, show, cka, stiffness, boundary, tensorboard, export, seal, verify):
     app.command(help=help_of(_function))(_function)

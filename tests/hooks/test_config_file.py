@@ -274,7 +274,7 @@ def test_the_first_batches_stand_in_where_a_measure_names_no_examples(tmp_path: 
         ("when: {every: 0}", r"when.every: `every` \(=0\) must be a whole number >= 1"),
         ("when: {at: [0, x]}", r"when.at\[1\]: got 'x'; expected a whole number"),
         ("when: [{every: 3}, 5]", r"when\[1\]: got 5; expected a schedule: a name, or"),
-        ("when: log_spaced\nwhen: epochs", r"this is no YAML in line 2: 'when' stands twice"),
+        ("when: log_spaced\nwhen: epochs", r"this is no YAML in line 3: 'when' stands twice"),
         ("measures: activations", r"measures: got 'activations'; expected a list of measures"),
         ("measures: [activation]", r"measures\[0\]: got 'activation', which is no .*: activations"),
         ("measures: [activations]", r"measures\[0\].activations: its examples are missing; give"),

@@ -556,3 +556,23 @@ def test_a_state_that_cannot_be_loaded_is_refused(tmp_path: Path, images: Tensor
     with pytest.raises(InvalidInputError, match="recording has begun already"):
         recorder.load_state_dict(state)
     recorder.close()
+
+
+def test_a_start_takes_what_is_due_at_step_0_once(
+    tmp_path: Path, conv_net: nn.Module, images: Tensor, classes: Tensor
+) -> None:
+    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
+    measures = [
+        sonde.Predictions(sonde.Probe(images), when=sonde.every(1)),
+        sonde.Activations(sonde.Probe(images, name="later"), when=sonde.at(1)),
+    ]
+    recorder = sonde.Recorder(tmp_path / "run", conv_net, measures)
+    recorder.start()
+    before = [parameter.detach().clone() for parameter in conv_net.parameters()]
+    recorder.attach(optimizer)
+    train(conv_net, optimizer, images, classes, num_steps=1)
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert run.steps("predictions") == [0, 1]
+    assert run.steps("activations") == [1]
+    assert not all(map(torch.equal, before, conv_net.parameters()))

@@ -807,3 +807,23 @@ def test_a_negative_number_of_examples_is_refused(tmp_path: Path) -> None:
     with sonde.Recorder(tmp_path / "run", model, measures, on_error="raise") as recorder:
         with pytest.raises(sonde.SondeError, match=r"`num_real` \(=-1\) must be >= 0"):
             recorder.batch(num_real=-1)
+
+
+def test_a_measure_of_a_probe_is_no_pass_of_the_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    inputs, targets = torch.randn(7, 4), torch.arange(7) % 3
+    measures = [
+        sonde.Activations(sonde.TRAINING),
+        sonde.ExampleGradients(sonde.Probe(inputs, targets), nn.functional.cross_entropy),
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = sonde.Recorder(tmp_path / "run", model, measures, on_error="raise")
+    recorder.attach(optimizer)
+    recorder.measure()  # While the training is observed.
+    nn.functional.cross_entropy(model(inputs[:5]), targets[:5]).backward()
+    optimizer.step()
+    recorder.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert run.activations["0"].gram(step=0).shape == (5, 5)
+    assert run.steps("example_gradients") == [0, 1]

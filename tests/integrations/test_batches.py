@@ -183,4 +183,4 @@ def test_a_key_that_is_no_name_is_refused(tmp_path: Path) -> None:
     model = Net()
     with sonde.Recorder(tmp_path / "run", model, [sonde.Scalars()]) as recorder:
         with pytest.raises(InvalidInputError, match=r"`id_key` \(=2\) must be the name"):
-            tell_batches(recorder, model, 2)  # type: ignore[arg-type]  # Under test.
+            tell_batches(recorder, model, 2)

@@ -1,0 +1,136 @@
+"""A probe of what a training's first batches hold, as its model is called with them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sonde.exceptions import InvalidInputError
+from sonde.hooks import Probe
+from sonde.hooks.measures.predictions import logits_of
+
+# Arguments of a model that are targets: with them it computes its loss by itself.
+_TARGETS = ("labels", "label", "targets", "target")
+
+
+class FirstBatches:
+    """Collects examples, from one call of a model after the other.
+
+    Args:
+        limit: How many examples are kept.
+
+    Attributes:
+        num_examples: How many there are so far.
+        is_all: A batch came again, or one of another shape: there will be no more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inputs: list[dict[str, Tensor]] = []
+        self._targets: list[Tensor] = []
+        self._is_by_name = False
+        self.num_examples = 0
+        self.is_all = False
+
+    def add(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take a copy of the examples that a model is called with.
+
+        Args:
+            model: The model, without wrappers.
+            args: Its arguments by position.
+            kwargs: Its arguments by name.
+
+        Raises:
+            InvalidInputError: If the model could not be called with them again.
+        """
+        if self.is_all or self.num_examples >= self._limit:
+            self.is_all = True
+            return
+        inputs, self._is_by_name = _named_inputs(model, args, kwargs)
+        targets = inputs.pop(_target_of(model, inputs), None)
+        sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
+        if len(sizes) != 1 or 0 in sizes:
+            shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+            raise InvalidInputError(f"its inputs {shapes} do not have the same number of examples")
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in inputs.items()}
+        if self._inputs and not self._fits(copied):
+            self.is_all = True
+            return
+        self._inputs.append(copied)
+        if targets is not None and targets.ndim and len(targets) == max(sizes):
+            self._targets.append(targets.detach().to("cpu", copy=True))
+        self.num_examples += sizes.pop()
+
+    def probe(self, first_id: int = 0) -> Probe:
+        """Return the examples as a probe; ids count from `first_id`, in order of arrival."""
+        size = min(self.num_examples, self._limit)
+        joined = {
+            name: torch.cat([batch[name] for batch in self._inputs])[:size]
+            for name in self._inputs[0]
+        }
+        has_targets = len(self._targets) == len(self._inputs)
+        targets = torch.cat(self._targets)[:size] if has_targets else None
+        inputs: Any = joined
+        if not self._is_by_name:
+            inputs = next(iter(joined.values())) if len(joined) == 1 else tuple(joined.values())
+        return Probe(inputs, targets, ids=range(first_id, first_id + size))
+
+    def _fits(self, batch: dict[str, Tensor]) -> bool:
+        """Tell whether a batch brings other examples of the same shape as those before."""
+        last = self._inputs[-1]
+        if last.keys() != batch.keys():
+            return False
+        if any(last[name].shape[1:] != tensor.shape[1:] for name, tensor in batch.items()):
+            return False
+        return not all(torch.equal(last[name], tensor) for name, tensor in batch.items())
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of a model's `logits`, for outputs that are more than a tensor."""
+    return F.cross_entropy(logits_of(outputs), targets)
+
+
+def _named_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors a model is called with, and whether it has to be called by their names.
+
+    What is no tensor is left out, if the model has a default for it.
+
+    Raises:
+        InvalidInputError: If the model cannot be called with the tensors alone.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    has_names = len(places) >= len(args)
+    names = [place.name for place in places] if has_names else [str(i) for i in range(len(args))]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    defaults = {p.name for p in parameters if p.default is not p.empty}
+    inputs = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and (value.ndim or name not in {*defaults, *kwargs}):
+            inputs[name] = value
+        elif name not in defaults and name not in kwargs:
+            raise InvalidInputError(
+                f"its input `{name}` is a {type(value).__name__}; a probe takes tensors"
+            )
+    if not inputs:
+        raise InvalidInputError("it is called without a tensor")
+    is_by_name = bool(kwargs) or list(inputs) != names[: len(inputs)]
+    if is_by_name and not has_names:
+        raise InvalidInputError("its inputs have no names")
+    return inputs, is_by_name
+
+
+def _target_of(model: nn.Module, inputs: dict[str, Tensor]) -> str:
+    """Return the argument that holds the targets; empty if none does, or the model needs it."""
+    parameters = inspect.signature(model.forward).parameters
+    for name in _TARGETS:
+        if name in inputs and len(inputs) > 1:
+            if name not in parameters or parameters[name].default is not inspect.Parameter.empty:
+                return name
+    return ""

@@ -1,0 +1,235 @@
+"""Record what `transformers.Trainer` trains, by a callback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sonde.exceptions import InvalidInputError, MissingExtraError
+from sonde.hooks import Recorder
+from sonde.hooks.config import Config, as_config
+from sonde.hooks.taps import add_hook
+
+from ._batches import tell_batches
+from ._starting import guarded, start_recorder
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.training_args import TrainingArguments
+except ImportError as error:
+    raise MissingExtraError("transformers", "transformers") from error
+
+# Under which the Trainer's own state, and with it every checkpoint, holds that of the recorder.
+_STATE = "sonde"
+# How fast it runs is nothing of the training; the optimizer itself says the learning rate.
+_NOT_LOGGED = ("_runtime", "_per_second", "learning_rate", "epoch", "total_flos")
+
+
+class SondeCallback(TrainerCallback):
+    """Records the training of a `Trainer`.
+
+    Steps and epochs are counted by themselves, what the Trainer logs is noted for `Scalars`, and
+    each of its checkpoints holds where the recording was: `trainer.train(resume_from_checkpoint=…)`
+    goes on with the run. The Trainer tells nothing of an exception that ends the training; the run
+    is then closed at the end of the process, or by `close()`.
+
+    A callback sees neither batch nor loss. Ids are read from what the model is called with, where
+    `id_key` says so; a Trainer drops what the model's forward does not name unless its
+    `remove_unused_columns` is False. With `reduction`, the `loss` among the model's outputs scales
+    the gradients, unless the Trainer makes it a sum over all accumulated micro-batches; models that
+    say `accepts_loss_kwargs = False` keep a mean of their own.
+
+    Args:
+        config: A `Config`, or the run directory.
+        options: What `Config` takes besides, and `Recorder`.
+
+    Raises:
+        InvalidInputError: If an argument does not fit.
+
+    Attributes:
+        recorder: The recorder, from the beginning of the training on.
+
+    Example::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SondeCallback("runs/seed0")])
+        trainer.train()
+    """
+
+    def __init__(self, config: Config | str | os.PathLike[str], **options: Any) -> None:
+        self._config = as_config(config, options)
+        if isinstance(self._config.id_key, int):
+            raise InvalidInputError(
+                f"`id_key` (={self._config.id_key}) must be a name; batches are mappings here"
+            )
+        self.recorder: Recorder | None = None
+        self._ends: list[Callable[[], None]] = []
+        self._num_begun = 0
+
+    def close(self) -> None:
+        """Close the run, and leave the model as it was; safe to call twice."""
+        for end in self._ends:
+            end()
+        self._ends = []
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Make the recorder; what is wrong with the arguments is raised here, before training."""
+        self.close()
+        model = kwargs["model"]
+        self.recorder = start_recorder(
+            self._config, model, _inner(kwargs["optimizer"]), _saved(state)
+        )
+        if self._config.id_key is not None:
+            self._ends.append(tell_batches(self.recorder, model, self._config.id_key))
+        if self._config.reduction is not None:
+            self._ends.append(_tell_losses(self.recorder, model, self._config.reduction))
+        self._keep(state)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Count an epoch with its last step, as a checkpoint after that step holds it already."""
+        self._count_epochs(state)
+        self._keep(state, sync=control.should_save)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Count an epoch that ended early, or whose length nobody knew."""
+        is_cut_off = control.should_training_stop
+        self._count_epochs(state, at_least=0 if is_cut_off else self._num_begun)
+        self._keep(state, sync=control.should_save)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Note which epoch begins."""
+        if self.recorder is not None:
+            self._num_begun = self.recorder.num_epochs + 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note what the Trainer logs."""
+        if self.recorder is None:
+            return
+        numbers = {
+            name: value
+            for name, value in (logs or {}).items()
+            if isinstance(value, int | float) and not name.endswith(_NOT_LOGGED)
+        }
+        self.recorder.log(**numbers)
+        self._keep(state)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Force to the disk what was recorded before the checkpoint, on every rank."""
+        self._keep(state, sync=True)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Close the run."""
+        self.close()
+
+    def _count_epochs(self, state: TrainerState, at_least: int = 0) -> None:
+        if self.recorder is not None:
+            num_epochs = max(int(state.epoch or 0), at_least)
+            if self.recorder.num_epochs < num_epochs:
+                self.recorder.epoch()
+
+    def _keep(self, state: TrainerState, *, sync: bool = False) -> None:
+        """Put the recorder's state into the Trainer's, which comes back on every rank."""
+        if self.recorder is not None:
+            with guarded(self.recorder, "the checkpoint lacks the recorder's state"):
+                _states(state)[_STATE] = self.recorder.state_dict(sync=sync)
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that really steps: its wrapper lets accumulated steps pass."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = cast(torch.optim.Optimizer, optimizer.optimizer)
+    return optimizer
+
+
+def _saved(state: TrainerState) -> Mapping[str, Any] | None:
+    """Return the recorder's state in the checkpoint that a training goes on from, if it does."""
+    if not state.global_step:
+        return None
+    saved = _states(state).get(_STATE)
+    if saved is None:  # It was written without the callback.
+        return {"version": 1, "num_steps": state.global_step, "num_epochs": int(state.epoch or 0)}
+    return cast("dict[str, Any]", saved)
+
+
+def _states(state: TrainerState) -> dict[str, Any]:
+    """Return what the Trainer's state, and with it every checkpoint, holds of callbacks by name."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
+def _tell_losses(
+    recorder: Recorder, model: nn.Module, reduction: Literal["mean", "sum"]
+) -> Callable[[], None]:
+    """Tell a recorder of the loss among the model's outputs; return a function that ends it."""
+
+    def after(_: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if recorder.is_observing and torch.is_grad_enabled():
+            with guarded(recorder, "the loss cannot be read"):
+                tell(kwargs, output)
+
+    def tell(kwargs: Mapping[str, Any], output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if kwargs.get("num_items_in_batch") is not None:
+            recorder.warn(
+                "gradients keep their scale: the Trainer makes the loss a sum over all accumulated "
+                "micro-batches (num_items_in_batch), not a mean or sum over one; a model with "
+                "accepts_loss_kwargs = False keeps a loss of its own"
+            )
+        elif isinstance(loss, Tensor) and loss.requires_grad:
+            recorder.batch(loss=loss, reduction=reduction)
+        else:
+            recorder.warn("gradients keep their scale: the model's outputs have no `loss`")
+
+    return add_hook(model, after)

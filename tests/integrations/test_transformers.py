@@ -1,0 +1,397 @@
+"""Trainings of `transformers.Trainer`, recorded by its callback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import sonde
+from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
+from sonde.integrations.transformers import SondeCallback
+
+from .trainings import (
+    NUM_EXAMPLES,
+    alone,
+    assert_same_log,
+    assert_same_training,
+    body,
+    data,
+    measures,
+    smooth_body,
+    state_of,
+)
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Examples with ids, as a collator of the Trainer takes them."""
+
+    def __init__(self) -> None:
+        self.inputs, self.labels = data()
+
+    def __len__(self) -> int:
+        return NUM_EXAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {"inputs": self.inputs[index], "labels": int(self.labels[index])}
+        return {**row, "example_id": 100 + index}
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """The same, of a length that nobody knows."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = Rows()
+        return iter([rows[index] for index in range(len(rows))])
+
+
+class Classifier(nn.Module):
+    """A model whose outputs hold the mean loss."""
+
+    def __init__(self, *, smooth: bool = False) -> None:
+        super().__init__()
+        self.body = smooth_body() if smooth else body()
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.body(inputs)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Greedy(Classifier):
+    """A model that divides by the number of items of all accumulated micro-batches."""
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        **others: Any,
+    ) -> dict[str, Tensor]:
+        logits = self.body(inputs)
+        assert labels is not None
+        assert num_items_in_batch is not None
+        loss = F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        return {"loss": loss, "logits": logits}
+
+
+def arguments(path: Path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(path / "checkpoints"),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 0.01,
+            "use_cpu": True,
+            "logging_steps": 2,
+            "save_strategy": "no",
+            "remove_unused_columns": False,
+            "disable_tqdm": True,
+            "report_to": [],
+            "dataloader_pin_memory": False,
+            "seed": 3,
+            **options,
+        }
+    )
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.losses.append(logs.get("loss", 0.0))
+
+
+def train(
+    path: Path,
+    callback: TrainerCallback | None,
+    model: nn.Module | None = None,
+    *,
+    dataset: Any = None,
+    resume: str | None = None,
+    **options: Any,
+) -> tuple[nn.Module, list[float]]:
+    set_seed(5)
+    model = Classifier() if model is None else model
+    losses = Losses()
+    trainer = Trainer(
+        model,
+        arguments(path, **options),
+        train_dataset=Rows() if dataset is None else dataset,
+        eval_dataset=Rows(),
+        callbacks=[losses] if callback is None else [losses, callback],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model, losses.losses
+
+
+def in_band(path: Path, **options: Any) -> SondeCallback:
+    return SondeCallback(
+        path,
+        **{
+            "measures": measures(probe=False),
+            "when": sonde.every(1),
+            "id_key": "example_id",
+            "reduction": "mean",
+            "on_error": "raise",
+            **options,
+        },
+    )
+
+
+class WithoutIds(Classifier):
+    """A model that takes ids and lets them be, so that it trains without sonde, too."""
+
+    def forward(  # type: ignore[override]  # Takes ids.
+        self, inputs: Tensor, labels: Tensor, example_id: Tensor
+    ) -> dict[str, Tensor]:
+        return super().forward(inputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_steps"),
+    [
+        ({}, 12),
+        ({"gradient_accumulation_steps": 4}, 4),
+        ({"bf16": True}, 12),
+        ({"eval_strategy": "steps", "eval_steps": 3}, 12),
+    ],
+    ids=["plain", "accumulated", "bf16", "evaluated"],
+)
+def test_training_is_bit_identical_with_and_without_the_callback(
+    tmp_path: Path, options: dict[str, Any], num_steps: int
+) -> None:
+    plain, losses = train(tmp_path, None, WithoutIds(), **options)
+    expected = state_of(plain)
+    callback = in_band(tmp_path / "run")
+    recorded, recorded_losses = train(tmp_path, callback, WithoutIds(), **options)
+    assert_same_training(state_of(recorded), expected)
+    assert recorded_losses == losses
+    run = sonde.open_run(tmp_path / "run")
+    assert run.steps("activations") == list(range(num_steps))
+    # Neither an evaluation nor a probe is taken for the training.
+    sizes = [run.activations.attributes(step)["micro_batches"] for step in range(num_steps)]
+    assert sum(sizes, []) == [4, 4, 4, 4, 4, 2] * 2  # noqa: RUF017 - they are few
+
+
+def test_training_is_bit_identical_with_a_probe(tmp_path: Path) -> None:
+    class Named(Classifier):
+        def forward(self, inputs: Tensor, labels: Any = None) -> Any:
+            return super().forward(inputs, labels)
+
+    x, y = data()
+    probe = sonde.Probe({"inputs": x[:5]}, y[:5])
+    kept: dict[str, Any] = {"remove_unused_columns": True}
+    plain, losses = train(tmp_path, None, Named(), **kept)
+    expected = state_of(plain)
+    callback = SondeCallback(
+        tmp_path / "run",
+        probe=probe,
+        loss=lambda outputs, targets: F.cross_entropy(outputs["logits"], targets),
+        when=sonde.every(1),
+        on_error="raise",
+    )
+    recorded, recorded_losses = train(tmp_path, callback, Named(), **kept)
+    assert_same_training(state_of(recorded), expected)
+    assert recorded_losses == losses
+    assert sonde.open_run(tmp_path / "run").steps("example_gradients") == list(range(13))
+
+
+def one_step(path: Path, model: nn.Module, **options: Any) -> sonde.Run:
+    """Record the output gradients of one step over all examples, without shuffling."""
+    callback = in_band(
+        path / "run",
+        measures=[sonde.OutputGradients(sonde.TRAINING, "body.0", sonde.Full())],
+        reduction=options.pop("reduction", "mean"),
+    )
+    kept: dict[str, Any] = {"num_train_epochs": 1, "gradient_accumulation_steps": 6}
+    train(path, callback, model, train_sampling_strategy="sequential", **kept, **options)
+    return sonde.open_run(path / "run")
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
+def test_gradients_in_band_are_those_of_each_example_alone(
+    tmp_path: Path, bf16: bool, tolerance: float
+) -> None:
+    model = Classifier(smooth=True)
+    expected = alone(model.body, model.body[0], *data()).numpy()
+    log = one_step(tmp_path, model, bf16=bf16)["output_gradients"]
+    found = log["body.0"].features(0)
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+    assert log.attributes(0)["micro_batches"] == [4, 4, 4, 4, 4, 2]
+    assert "not divided" in log.attributes(0)["scale"]
+    ids = log.ids_at(0)
+    assert ids is not None
+    assert ids.tolist() == list(range(100, 100 + NUM_EXAMPLES))
+
+
+def test_a_loss_over_all_micro_batches_is_not_taken_for_a_mean(tmp_path: Path) -> None:
+    model = Greedy(smooth=True)
+    expected = alone(model.body, model.body[0], *data()).numpy() / NUM_EXAMPLES
+    with pytest.warns(SondeWarning, match="gradients keep their scale: the Trainer makes the loss"):
+        log = one_step(tmp_path, model)["output_gradients"]
+    np.testing.assert_allclose(log["body.0"].features(0), expected, rtol=1e-4, atol=1e-7)
+    assert log.attributes(0)["scale"].startswith("unknown")
+
+
+def test_without_a_reduction_gradients_keep_their_scale(tmp_path: Path) -> None:
+    log = one_step(tmp_path, Classifier(smooth=True), reduction=None)["output_gradients"]
+    assert log.attributes(0)["scale"].startswith("unknown")
+
+
+# Six steps an epoch: in the middle of one, at its end, at the end of all but one step.
+# A Trainer that goes on in the second epoch of a stream skips it, with and without a callback.
+@pytest.mark.parametrize(
+    ("at", "is_stream"), [(2, False), (6, False), (8, False), (2, True), (6, True)]
+)
+def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
+    tmp_path: Path, at: int, is_stream: bool
+) -> None:
+    options: dict[str, Any] = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "remove_unused_columns": False,
+    }
+    dataset = Stream() if is_stream else Rows()
+    if is_stream:
+        options["max_steps"] = 12
+    options["restore_callback_states_from_checkpoint"] = at == 8
+    when = sonde.epochs(1) | sonde.every(5)
+    in_all: list[sonde.hooks.Measure] = [
+        sonde.Activations(sonde.TRAINING, when=when),
+        sonde.OutputGradients(sonde.TRAINING, "*0"),
+        sonde.Scalars(),
+        of_a_probe(),
+    ]
+    for name, resume in (("whole", None), ("cut", None), ("cut", at)):
+        path = tmp_path / name
+        callback = in_band(path / "run", measures=in_all)
+        checkpoint = None if resume is None else str(path / f"checkpoints/checkpoint-{resume}")
+        model, _ = train(path, callback, dataset=dataset, resume=checkpoint, **options)
+        if name == "whole":
+            expected = state_of(model)
+    assert_same_training(state_of(model), expected)
+    assert_same_log(tmp_path / "cut/run", tmp_path / "whole/run", ["scalars", "activations"])
+    run = sonde.open_run(tmp_path / "cut/run")
+    assert [attempt["resume_step"] for attempt in run.attempts] == [0, at + 1]
+    assert run.steps("predictions") == ([0, 6] if is_stream else [0, 6, 12])
+
+
+def of_a_probe() -> sonde.Predictions:
+    x, y = data()
+    return sonde.Predictions(sonde.Probe({"inputs": x[:5]}, y[:5]), when=sonde.epochs(1))
+
+
+def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, None, WithoutIds(), **options)
+    callback = in_band(tmp_path / "run")
+    checkpoint = str(tmp_path / "checkpoints/checkpoint-8")
+    train(tmp_path, callback, WithoutIds(), resume=checkpoint, **options)
+    run = sonde.open_run(tmp_path / "run")
+    assert run.steps("activations") == [8, 9, 10, 11]
+    assert callback.recorder is not None
+    assert callback.recorder.num_epochs == 2
+
+
+def test_a_second_training_by_one_callback_is_refused_before_it_begins(tmp_path: Path) -> None:
+    callback = in_band(tmp_path / "run")
+    train(tmp_path, callback)
+    with pytest.raises(RunExistsError, match="already holds a run"):
+        train(tmp_path, callback)
+
+
+def test_what_the_trainer_logs_is_recorded(tmp_path: Path) -> None:
+    class Last(TrainerCallback):
+        history: list[dict[str, float]]
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            Last.history = state.log_history
+
+    last = Last()
+    callback = SondeCallback(tmp_path / "run", measures=[sonde.Scalars()], when=sonde.every(1))
+    set_seed(0)
+    trainer = Trainer(
+        Classifier(),
+        arguments(tmp_path, remove_unused_columns=True),
+        train_dataset=Rows(),
+        callbacks=[callback, last],
+    )
+    trainer.train()
+    log = sonde.open_run(tmp_path / "run")["scalars"]
+    # What is logged after a step is there from the next one on.
+    assert log.array("loss", 3) == pytest.approx(Last.history[0]["loss"])
+    assert log.array("loss", 12) == pytest.approx(Last.history[4]["loss"])
+    assert {field for _, field in log.streams} == {
+        "learning_rate",
+        "learning_rate_1",  # Of the parameters without weight decay.
+        "loss",
+        "grad_norm",
+    }
+
+
+def test_a_failure_of_ours_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(sonde.Scalars, "record", fail)
+    monkeypatch.setattr(sonde.Recorder, "batch", fail)
+    monkeypatch.setattr(sonde.Recorder, "state_dict", fail)
+    expected = state_of(train(tmp_path / "plain", None, WithoutIds())[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = in_band(tmp_path / "run", on_error="warn")
+        model, _ = train(tmp_path, callback, WithoutIds())
+    assert_same_training(state_of(model), expected)
+    told = " ".join(str(w.message) for w in caught if w.category is SondeWarning)
+    for part in ("scalars of", "ids cannot be read", "loss cannot be read", "checkpoint lacks"):
+        assert part in told
+
+
+def test_after_an_exception_the_run_can_be_closed_and_the_model_is_free(tmp_path: Path) -> None:
+    class Failing(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    model = WithoutIds()
+    callback = in_band(tmp_path / "run")
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=Rows(), callbacks=[callback, Failing()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    callback.close()
+    run = sonde.open_run(tmp_path / "run")
+    assert (run.state, run.steps("activations")) == ("finished", [0, 1, 2])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_position_as_id_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"`id_key` \(=2\) must be a name"):
+        SondeCallback(tmp_path / "run", id_key=2)
+
+
+def test_without_the_package_one_line_names_the_extra() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import sonde.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        "sonde.exceptions.MissingExtraError: sonde.integrations.transformers needs transformers; "
+        "install it by: pip install 'sonde[transformers]'"
+    )
