@@ -24,7 +24,7 @@ def run_ranks() -> RunRanks:
     """Run a worker script on several processes, and see that there were as many."""
 
     def run(
-        worker: str, *arguments: object, num_ranks: int = 2, returncode: int | None = 0
+        worker: str | Path, *arguments: object, num_ranks: int = 2, returncode: int | None = 0
     ) -> subprocess.CompletedProcess[str]:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
         done = subprocess.run(
