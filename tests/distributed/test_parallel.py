@@ -6,6 +6,7 @@ whose size the number of ranks does not divide.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import sonde
+from sonde.exceptions import InvalidInputError
 from sonde.log import Run
 
 from .conftest import RunRanks
@@ -32,8 +34,12 @@ class Trained:
     folder: Path
     num_ranks: int
 
-    def run(self, kind: str, recorded: str) -> Run:
-        return sonde.open_run(self.folder / f"{kind} {recorded}")
+    def run(self, *name: str) -> Run:
+        return sonde.open_run(self.folder / " ".join(name))
+
+    def problems(self) -> list[dict[str, list[str]]]:
+        paths = [self.folder / f"problems{rank}.json" for rank in range(self.num_ranks)]
+        return [json.loads(path.read_text()) for path in paths]
 
     def results(self, kind: str, recorded: str) -> list[dict[str, Any]]:
         loaded: list[dict[str, Any]] = torch.load(self.folder / f"{kind} {recorded}.pt")
@@ -164,6 +170,32 @@ def test_gradients_of_examples_add_up_to_those_all_ranks_agree_on(
         for result in results:
             synced = result["gradients"][step][names.index("head.bias")]
             np.testing.assert_allclose(total, synced, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_with_other_probes_are_refused_on_all_of_them(trained: Trained) -> None:
+    for told in trained.problems():
+        (message,) = told["refused"]
+        assert message.startswith("MismatchError: rank 1 measures activations of 'probe' (")
+        assert message.endswith("so give each rank the same measures and the same whole probe")
+
+
+def test_what_fails_on_one_rank_is_switched_off_on_all(trained: Trained) -> None:
+    for told in trained.problems():
+        first, second = told["failing"]
+        assert "activations of 'a' failed at step 0 and is switched off" in first
+        assert "predictions of 'b' failed at step 0 and is switched off" in second
+        assert f"rank {trained.num_ranks - 1}: RuntimeError: out of memory" in first
+    assert trained.run("failing").steps() == []
+
+
+def test_a_sharded_probe_needs_ranks_that_can_talk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    measures = [sonde.Predictions(sonde.Probe(torch.ones(3, 2, 7), sharded=True))]
+    with pytest.raises(InvalidInputError, match=r"is sharded, but the ranks cannot talk .*init_pr"):
+        sonde.Recorder(tmp_path / "run", parallel.build("one process"), measures)
 
 
 def test_gradients_of_a_probe_under_ddp_are_those_of_one_process(

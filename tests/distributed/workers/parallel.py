@@ -6,7 +6,9 @@ each with and without a recorder, and writes OUT/KIND-RECORDED.pt on rank 0.
 
 from __future__ import annotations
 
+import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sonde
 from sonde.hooks import Measure, Store
+from sonde.hooks.select import unwrap
 
 NUM_STEPS, BATCH_SIZE, NUM_EXAMPLES, NUM_PROBED = 3, 8, 24, 21
 STORES: dict[str, Store] = {
@@ -136,6 +139,36 @@ def whole(tensor: Any) -> Tensor:  # Any: a DTensor has a method that a Tensor h
     return torch.as_tensor(full.detach().clone())
 
 
+def problems(out: Path) -> dict[str, list[str]]:
+    """What this rank is told of other probes on each rank, and of a failure on the last one."""
+    rank, inputs = dist.get_rank(), data()[0]
+    told: dict[str, list[str]] = {}
+    model = build("ddp")
+    other = sonde.Activations(sonde.Probe(inputs[: 8 + rank], sharded=True))
+    try:
+        sonde.Recorder(out / "refused", model, [other])
+    except sonde.SondeError as error:
+        told["refused"] = [f"{type(error).__name__}: {error}"]
+    measures = [
+        sonde.Activations(sonde.Probe(inputs[:8], sharded=True, name="a"), ["head"]),
+        sonde.Predictions(sonde.Probe(inputs[:8], sharded=True, name="b")),
+    ]
+    recorder = sonde.Recorder(out / "failing", model, measures)
+
+    def fail(module: nn.Module, _: Any) -> None:
+        if rank == dist.get_world_size() - 1:
+            raise RuntimeError("out of memory")
+
+    unwrap(model).register_forward_pre_hook(fail)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recorder.measure()
+        recorder.measure()
+    told["failing"] = [str(warning.message) for warning in caught]
+    recorder.close()
+    return told
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -154,6 +187,7 @@ def main(out: Path) -> None:
             dist.all_gather_object(everything, result)
             if rank == 0:
                 torch.save(everything, out / f"{kind} {name}.pt")
+    (out / f"problems{rank}.json").write_text(json.dumps(problems(out)))
     dist.destroy_process_group()
 
 
