@@ -20,6 +20,7 @@ from sonde.hooks import Recorder
 from sonde.hooks.config import Config, as_config
 
 from ._batches import tell_batches
+from ._starting import guarded
 
 try:
     from accelerate import Accelerator
@@ -144,11 +145,9 @@ def _tell(
     loss: torch.Tensor | None,
     reduction: Literal["mean", "sum"] | None,
 ) -> None:
-    try:
+    num_real = None
+    with guarded(recorder, "duplicates cannot be told"):
         num_real = _num_real(accelerator, recorder)
-    except Exception as error:  # Nothing of ours may end a training.
-        num_real = None
-        recorder.warn(f"duplicates cannot be told: {type(error).__name__}: {error}")
     if loss is not None or num_real is not None:
         # The loss is not divided by the number of accumulated micro-batches yet.
         recorder.batch(loss=loss, reduction=reduction or "mean", num_real=num_real)
@@ -196,15 +195,11 @@ def _shard(loader: Any) -> Any:  # Any: Accelerate ships no types.
 
 def _saving(accelerator: Accelerator, recorder: Recorder) -> Callable[..., None]:
     def save(_: Any, __: Any, output_dir: str | os.PathLike[str]) -> None:
-        try:
+        with guarded(recorder, "the checkpoint lacks the recorder's state"):
             path = _state_path(output_dir, accelerator.process_index)
             draft = path.with_suffix(".partial")
             draft.write_text(json.dumps(recorder.state_dict()))
             draft.replace(path)
-        except Exception as error:  # Nothing of ours may end a training.
-            recorder.warn(
-                f"the checkpoint lacks the recorder's state: {type(error).__name__}: {error}"
-            )
 
     return save
 
@@ -220,12 +215,8 @@ def _loading(accelerator: Accelerator, recorder: Recorder) -> Callable[..., None
                 f"counted on from {recorder.num_steps}"
             )
             return
-        try:
+        with guarded(recorder, f"the recording does not go on from {path}"):
             recorder.load_state_dict(json.loads(path.read_text()))
-        except Exception as error:  # Nothing of ours may end a training.
-            recorder.warn(
-                f"the recording does not go on from {path}: {type(error).__name__}: {error}"
-            )
 
     return load
 
@@ -243,7 +234,7 @@ def _showing(accelerator: Accelerator, recorder: Recorder) -> Callable[..., None
         if recorder.num_records == num_shown:
             return
         num_shown = recorder.num_records
-        try:
+        with guarded(recorder, "TensorBoard is shown nothing"):
             # They may have been made since, and on the main process only.
             writer = next(
                 (t.tracker for t in accelerator.trackers if t.name == "tensorboard"), None
@@ -252,7 +243,5 @@ def _showing(accelerator: Accelerator, recorder: Recorder) -> Callable[..., None
                 for name, value in recorder.scalars.items():
                     writer.add_scalar(f"sonde/{name}", float(value), recorder.num_steps)
                 writer.add_scalar("sonde/recorded_bytes", recorder.num_bytes, recorder.num_steps)
-        except Exception as error:  # Nothing of ours may end a training.
-            recorder.warn(f"TensorBoard is shown nothing: {type(error).__name__}: {error}")
 
     return show
