@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .probes import undisturbed
+from .sharding import has_sharded_parameters
 from .taps import map_tensors, tapped, tensor_leaves
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
@@ -87,6 +88,10 @@ class BatchAxes:
         Where this is not possible, `problem` says why, and only axis 0 can be the batch.
         """
         if self._small_size or self.problem or not size or size < 2:
+            return
+        if has_sharded_parameters(model):
+            # Another rank may have another number of examples, and not come along.
+            self.problem = "a pass of a model with sharded parameters takes all ranks"
             return
         if not all(_is_plain(value) for value in (*args, *kwargs.values())):
             self.problem = "its arguments hold objects that a second pass might change"

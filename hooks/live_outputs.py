@@ -262,6 +262,7 @@ def _describe(
         values = np.concatenate(targets)
         dims = ("example", *(f"target_{axis}" for axis in range(1, values.ndim)))
         arrays.append(LogArray("target", values, dims))
+    arrays += _duplicates(micro_batches)
     attributes: dict[str, Any] = {
         "micro_batches": [micro_batch.num_examples for micro_batch in micro_batches],
         "ids": "given" if len(ids) == len(micro_batches) else "unknown: in order of arrival",
@@ -276,3 +277,16 @@ def _describe(
         )
         attributes["factors"] = known
     return arrays, attributes
+
+
+def _duplicates(micro_batches: list[MicroBatch]) -> list[LogArray]:
+    """Return which examples only fill up a batch, where that was told of any micro-batch."""
+    sizes = [micro_batch.num_examples for micro_batch in micro_batches]
+    told = [None if one.batch is None else one.batch.num_real for one in micro_batches]
+    if all(num_real is None for num_real in told):
+        return []
+    masks = [
+        np.arange(size) >= (size if num_real is None else num_real)
+        for size, num_real in zip(sizes, told, strict=True)
+    ]
+    return [LogArray("is_duplicate", np.concatenate(masks), ("example",))]

@@ -20,6 +20,7 @@ from sonde.log import LogArray
 
 from .datasets import DatasetRows
 from .random_states import RandomStates
+from .sharding import Shards, is_distributed, let_go_of_gathered, shards_of
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """What a model is called with: one tensor, positional tensors, or keyword tensors."""
@@ -42,6 +43,9 @@ class Probe:
         batch_size: How many examples are evaluated at once.
         in_memory: Hold the examples. Otherwise only a dataset's targets are held, and of its
             examples a batch at a time, read again whenever they are needed.
+        sharded: Divide the examples between the ranks of a distributed training, each of which
+            gives the same whole probe to a recorder; rank 0 records them all. Activations and
+            predictions are divided; other measures evaluate all examples on every rank.
 
     Raises:
         InvalidInputError: If sizes differ, ids repeat, or there is no example.
@@ -56,6 +60,7 @@ class Probe:
         name: str | None = None,
         batch_size: int | None = None,
         in_memory: bool = True,
+        sharded: bool = False,
     ) -> None:
         dataset = DatasetRows(inputs) if isinstance(inputs, Dataset | DataLoader) else None
         if dataset is None and not in_memory:
@@ -66,6 +71,7 @@ class Probe:
             ids = dataset.ids if ids is None else ids
             batch_size = batch_size or dataset.batch_size
         self.name = name
+        self.sharded = sharded
         self.batch_size = 256 if batch_size is None else batch_size
         if self.batch_size < 1:
             raise InvalidInputError(f"`batch_size` (={batch_size}) must be >= 1")
@@ -103,6 +109,16 @@ class Probe:
         for start in range(0, self.num_examples, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self.rows(rows, device)
+
+    def shards(self, block: int | None = None) -> Shards | None:
+        """Return how the examples are divided between ranks; None if they are not.
+
+        Args:
+            block: Evaluate that many examples at once, which stay on one rank.
+        """
+        if not self.sharded or not is_distributed():
+            return None
+        return shards_of(self.num_examples, block or self.batch_size, unit=block or 1)
 
     def rows(self, rows: slice, device: torch.device) -> tuple[Inputs, Tensor | None]:
         """Return (inputs, targets) of some examples, copied to a device.
@@ -206,6 +222,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random_states.restore()
+        let_go_of_gathered(model)
         for module, mode in modes.items():
             module.training = mode
             # A module may bind a new tensor to a buffer's name, instead of changing it.

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ from .measures.scalars import latest_numbers
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
+from .sharding import agree_on_sources, has_sharded_parameters, is_distributed
 from .sources import check_names, name_probes
 from .training import Batch, BatchContext, make_batch
 
@@ -68,6 +69,12 @@ class Recorder:
         max_step_bytes: Refuse to start if a step at which everything is due would write more than
             this, by `estimate`.
 
+    Attributes:
+        num_steps: Completed optimizer steps.
+        num_epochs: Completed epochs.
+        num_records: How many records this process has taken.
+        num_bytes: How many bytes their arrays have.
+
     Raises:
         InvalidInputError: If an argument does not fit the model or the others, or a step would
             write too much.
@@ -98,6 +105,8 @@ class Recorder:
         self.path = Path(path)
         self.num_steps = 0
         self.num_epochs = 0
+        self.num_records = 0
+        self.num_bytes = 0
         self._epoch_step = 0
         self._subject = Subject(unwrap(model))
         self._measures = list(measures)
@@ -109,12 +118,14 @@ class Recorder:
         check_names(self._measures)
         for measure in self._measures:
             measure.check(self._subject.model)
+        rank, num_ranks = process_rank(os.environ)
+        self._agree(num_ranks)
         self._check_size(max_step_bytes)
         self._done: dict[Measure, int] = {}
         self._recorded_before: set[Measure] = set()  # At the step of the checkpoint.
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
-        self._handles: list[Any] = []
+        self._ends: list[Callable[[], None]] = []
         self._is_closed = False
         self._has_started = False
         self._is_unstated = resume
@@ -123,8 +134,10 @@ class Recorder:
         tables = {
             measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
             for measure in self._measures
+            if not (rank and measure.is_sharded)
         }
-        rank, num_ranks = process_rank(os.environ)
+        # What it evaluates together with the other ranks, rank 0 records.
+        self._silent = [m for m in self._measures if rank and m.is_sharded]
         about = environment()
         if resume and overwrite:
             raise InvalidInputError("give `resume` or `overwrite`, not both")
@@ -138,6 +151,7 @@ class Recorder:
                 "world_size": num_ranks,
                 # Not known yet, until a checkpoint is loaded or the first step is counted.
                 "resume_step": None if resume else 0,
+                "records_nothing": len(self._silent) == len(self._measures),
                 "started": _now(),
                 "hostname": about["hostname"],
             },
@@ -184,12 +198,26 @@ class Recorder:
         def after(*_: object) -> None:
             self.step()
 
-        self._handles = [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
-        ]
+        self.at_close(
+            optimizer.register_step_pre_hook(before).remove,
+            optimizer.register_step_post_hook(after).remove,
+        )
         self._subject.optimizers.append(optimizer)
         return self
+
+    @property
+    def scalars(self) -> Mapping[str, Any]:
+        """The latest value of everything given to `log`."""
+        return self._subject.scalars
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether an optimizer is attached, which counts the steps."""
+        return bool(self._subject.optimizers)
+
+    def at_close(self, *ends: Callable[[], None]) -> None:
+        """Call functions once when the recorder closes, such as those that remove hooks."""
+        self._ends += ends
 
     def start(self) -> None:
         """Take what is due before the first step, unless that was done.
@@ -265,6 +293,7 @@ class Recorder:
         *,
         reduction: Literal["mean", "sum"] = "mean",
         divided_by: float = 1,
+        num_real: int | None = None,
     ) -> BatchContext:
         """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
 
@@ -281,6 +310,9 @@ class Recorder:
             reduction: How it is made of the losses of the examples: their `mean` or `sum`.
             divided_by: What it was divided by already, as some trainers divide it by the number of
                 accumulated micro-batches before they show it.
+            num_real: How many of the examples count, from the first on, where the others are copies
+                that only fill up the batch, so that all ranks have as many; the record has
+                `is_duplicate` then.
 
         Returns:
             A context manager; it need not be used as one.
@@ -288,7 +320,7 @@ class Recorder:
         step = None if self._live is None else self._live.step
         if step is not None:
             try:
-                batch = make_batch(ids, targets, loss, reduction, divided_by)
+                batch = make_batch(ids, targets, loss, reduction, divided_by, num_real)
                 return BatchContext(step, batch, loss)
             except Exception as error:
                 if self._on_error == "raise":
@@ -384,8 +416,8 @@ class Recorder:
         self._is_closed = True
         if self._live is not None:
             self._live.stop()
-        for handle in self._handles:
-            handle.remove()
+        for end in self._ends:
+            end()
         self._report_idle_schedules()
         self._writer.close(reason, timeout)
         self._warn_of_writer()
@@ -472,6 +504,8 @@ class Recorder:
         self._warn_of_writer()
 
     def _write(self, measure: Measure, recording: Recording) -> None:
+        if measure in self._silent:
+            return
         for event, facts in recording.notes.items():
             key = (measure.name, measure.source, event)
             if self._facts.get(key) != facts:
@@ -498,6 +532,8 @@ class Recorder:
             self._warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
         if recording.arrays:
             wait_for_copies()
+            self.num_records += 1
+            self.num_bytes += sum(array.values.nbytes for array in recording.arrays)
             self._writer.append(
                 measure.name,
                 measure.source,
@@ -584,6 +620,26 @@ class Recorder:
             raise InvalidInputError(f"`on_error` (={self._on_error!r}) must be 'warn' or 'raise'")
         if self._steps_per_epoch is not None and self._steps_per_epoch < 1:
             raise InvalidInputError(f"`steps_per_epoch` (={self._steps_per_epoch}) must be >= 1")
+
+    def _agree(self, num_ranks: int) -> None:
+        """Let all ranks evaluate together what takes all of them.
+
+        Raises:
+            InvalidInputError: If they cannot talk to each other yet.
+            MismatchError: If they were given different measures.
+        """
+        is_sharded = has_sharded_parameters(self._subject.model)
+        sharded = [m for m in self._measures if m.is_sharded]
+        together = [m for m in self._measures if m.training is None] if is_sharded else sharded
+        if sharded and num_ranks > 1 and not is_distributed():
+            raise InvalidInputError(
+                f"{sharded[0].probe!r} is sharded, but the ranks cannot talk to each other yet; "
+                "make the recorder after torch.distributed.init_process_group()"
+            )
+        if together and is_distributed():
+            agree_on_sources(
+                [(m.name, m.source, m.probe.describe() if m.probe else {}) for m in together]
+            )
 
     def _describe(
         self, config: Mapping[str, Any] | None, about: Mapping[str, Any]

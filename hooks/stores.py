@@ -205,6 +205,11 @@ class Gram(Store):
         """Return the type in which features of a type are multiplied."""
         return self.dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
+    def held(self, features: Tensor) -> Tensor:
+        """Return a copy of features as they are multiplied, [batch, features]."""
+        batch = _as_matrix(features)
+        return batch.to(self.dtype_for(batch.dtype), copy=True)
+
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return the matrix of some examples, and a copy of their features where that is held."""
         batch = _as_matrix(features)

@@ -46,6 +46,7 @@ class Batch:
         targets: One target per example.
         reduction: How the loss is made of the losses of the examples.
         divided_by: What the loss was divided by already when it was told.
+        num_real: How many of the examples count; the others only fill up the batch.
         scale: The gradient that arrived at the loss: what it was multiplied with on the way.
     """
 
@@ -53,6 +54,7 @@ class Batch:
     targets: npt.NDArray[Any] | None = None
     reduction: Literal["mean", "sum"] = "mean"
     divided_by: float = 1
+    num_real: int | None = None
     scale: Tensor | None = None
 
     @property
@@ -132,6 +134,8 @@ class TrainingStep:
         self._depth = 0
         self._told: Batch | None = None  # Of the micro-batch that comes next.
         self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
+        # Not those a pass finds: with sharded parameters the layers then hold others, whole ones.
+        self._parameters = list(model.parameters())
         self._versions = self._parameter_versions()
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
@@ -199,7 +203,10 @@ class TrainingStep:
             self._attach(last, batch)
         elif batch.num_examples is None:
             # Its examples were named before, and now comes the loss.
-            last.batch.reduction, last.batch.divided_by = batch.reduction, batch.divided_by
+            if loss is not None:
+                last.batch.reduction, last.batch.divided_by = batch.reduction, batch.divided_by
+            if batch.num_real is not None:
+                last.batch.num_real = batch.num_real
             batch = last.batch
         else:
             self._told, self._is_apart = batch, True
@@ -268,6 +275,9 @@ class TrainingStep:
         if last is not None and not self._is_apart and not last.has_gradients:
             if size == last.size or (last.batch is not None and last.batch.num_examples):
                 return last
+        if not self._micro_batches:
+            # Only now: before, a model is prepared, or a checkpoint is loaded into it.
+            self._versions = self._parameter_versions()
         if self._versions != self._parameter_versions():
             self.num_late_passes += 1
             return None
@@ -279,7 +289,7 @@ class TrainingStep:
         return micro_batch
 
     def _parameter_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._model.parameters()]
+        return [parameter._version for parameter in self._parameters]
 
 
 class BatchContext:
@@ -316,6 +326,7 @@ def make_batch(
     loss: Any,
     reduction: Literal["mean", "sum"],
     divided_by: float,
+    num_real: int | None = None,
 ) -> Batch:
     """Check what a loop tells of a micro-batch.
 
@@ -326,6 +337,8 @@ def make_batch(
         raise InvalidInputError(f"`reduction` (={reduction!r}) must be 'mean' or 'sum'")
     if not divided_by > 0:
         raise InvalidInputError(f"`divided_by` (={divided_by}) must be > 0")
+    if num_real is not None and num_real < 0:
+        raise InvalidInputError(f"`num_real` (={num_real}) must be >= 0")
     if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
         what = f"has shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
         raise InvalidInputError(f"`loss` {what}; expected the tensor that backward() is called on")
@@ -344,7 +357,7 @@ def make_batch(
         )
     if given_ids is not None:
         given_ids = given_ids.astype(np.int64)
-    return Batch(given_ids, given_targets, reduction, divided_by)
+    return Batch(given_ids, given_targets, reduction, divided_by, num_real)
 
 
 def _forward_of(model: nn.Module) -> Any:  # Any: a function of any kind.

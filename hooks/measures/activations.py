@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,9 +17,12 @@ from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.select import select_layers
-from sonde.hooks.stores import Gram, Room, Store
+from sonde.hooks.sharded_outputs import OwnPart, join_ranks
+from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
+from sonde.hooks.stores import Accumulator, Gram, Room, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import TrainingStep
+from sonde.log import LogArray
 
 from .base import Recording, Subject
 from .layer_measure import LayerMeasure
@@ -47,7 +51,8 @@ class Activations(LayerMeasure):
             probe's `batch_size`, features of earlier batches. Features that do not fit beside the
             matrices are held in another pass over the probe; they have a quarter of it at least.
             Of the training, which cannot be repeated, layers whose features do not fit lack steps
-            of several micro-batches.
+            of several micro-batches. Of a sharded probe a rank holds the features of all its
+            examples of a layer, and beside them those of another rank.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
@@ -81,7 +86,10 @@ class Activations(LayerMeasure):
         selected = select_layers(subject.model, self.layers)
         model, probe = subject.model, self.probe
         assert probe is not None  # Of the training it is observed.
+        shards = self._shards(probe)
         with undisturbed(model), torch.no_grad():
+            if shards is not None:
+                return self._record_sharded(model, probe, selected, shards)
             if model not in self._small:
                 self._small[model] = self._run_small(model, probe, selected)
             small = self._small[model]
@@ -109,6 +117,52 @@ class Activations(LayerMeasure):
             recording.attributes["block_sizes"] = block_sizes
         return recording
 
+    def _shards(self, probe: Probe) -> Shards | None:
+        return probe.shards(self.store.block if isinstance(self.store, Gram) else None)
+
+    def _record_sharded(
+        self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module], shards: Shards
+    ) -> Recording:
+        """Run this rank's part of the probe; the recording of rank 0 is of all parts."""
+        take_buffers_of_first(model)
+        if model not in self._small:
+            self._small[model] = agreed(lambda: self._run_small(model, probe, selected))
+        small = self._small[model]
+        own = OwnPart(self.store, shards)
+        outputs = _Outputs(own, shards.num_examples, small, Room(0, small.device))
+        kept_bytes = small.kept_bytes(self.store, probe.num_examples)
+        free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
+        arrays = []
+        # A layer is held whole, as if another batch without examples came.
+        for held in plan_passes(small.held_bytes(self.store), [shards.largest, 0], free_bytes):
+            outputs.start_pass(dict.fromkeys(held, range(1)), 0)
+            agreed(lambda: self._run_part(model, probe, selected, shards, outputs))
+            outputs.add_missing(tell_all(outputs.missing))
+            for name in outputs.complete(held):
+                arrays.append(join_ranks(outputs.accumulator(name), shards, name))
+        if not shards.is_first:
+            return Recording()
+        recording = outputs.recorded([array for array in arrays if array is not None])
+        block_sizes = self.store.block_sizes(shards.all_batch_sizes())
+        if block_sizes is not None:
+            recording.attributes["block_sizes"] = block_sizes
+        return recording
+
+    def _run_part(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        selected: dict[str, nn.Module],
+        shards: Shards,
+        outputs: _Outputs,
+    ) -> None:
+        for rows, is_own in shards.batches():
+            outputs.start_batch(0, rows.stop - rows.start)
+            with tapped(selected if is_own else {}, outputs.on_call):
+                call(model, probe.rows(rows, device_of(model))[0])
+        if shards.num_examples:
+            outputs.finish_pass(selected)
+
     def _run_small(
         self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module]
     ) -> _SmallRun:
@@ -117,6 +171,8 @@ class Activations(LayerMeasure):
         In a full batch another axis may have the same size by chance, such as the time steps.
         """
         num_rows = 2 if min(probe.batch_size, probe.num_examples) > 2 else 1
+        if (shards := self._shards(probe)) is not None:
+            num_rows = shards.unlike_size()
         run = _SmallRun(num_rows, device_of(model))
 
         def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -169,7 +225,9 @@ class _SmallRun:
 class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(self, store: Store, num_examples: int, small: _SmallRun, room: Room) -> None:
+    def __init__(
+        self, store: Store | OwnPart, num_examples: int, small: _SmallRun, room: Room
+    ) -> None:
         self._room = room
         self._num_examples = num_examples
         self._small = small
@@ -181,7 +239,7 @@ class _Outputs:
         }
         self._counts: Counter[str] = Counter()
         self._shapes = {name: list(features.shape[1:]) for name, features in none.items()}
-        self._missing: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
         self._called: set[nn.Module] = set()
 
     def start_pass(self, held: Pass, first: int) -> None:
@@ -201,53 +259,68 @@ class _Outputs:
         self._called.add(module)
         leaves = tensor_leaves(output)
         if not leaves:
-            self._missing[name] = f"its output ({type(output).__name__}) holds no tensor"
+            self.missing[name] = f"its output ({type(output).__name__}) holds no tensor"
         for suffix, tensor in leaves:
             self._add(f"{name}{suffix}", tensor)
 
     def recording(self, selected: dict[str, nn.Module]) -> Recording:
         """Return what was collected, and which layers are missing."""
-        arrays = []
-        for name, accumulator in self._accumulators.items():
-            if name in self._missing:
-                continue
-            if self._counts[name] != self._num_examples:
-                self._missing[name] = (
-                    f"it saw {self._counts[name]} of {self._num_examples} examples"
-                )
-                continue
-            arrays.append(accumulator.result(name))
+        self._held = dict.fromkeys(self._accumulators, range(0))
+        self.finish_pass(selected)
+        complete = self.complete(self._accumulators)
+        return self.recorded([self._accumulators[name].result(name) for name in complete])
+
+    def finish_pass(self, selected: dict[str, nn.Module]) -> None:
+        """Note what is missing of the outputs whose last batch this was, and of the layers."""
+        for name in self._held:
+            if name not in self.missing and self._counts[name] != self._num_examples:
+                self.missing[name] = f"it saw {self._counts[name]} of {self._num_examples} examples"
         for name, module in selected.items():
             if module not in self._called:
-                self._missing[name] = "it was never called in the forward pass"
+                self.missing[name] = "it was never called in the forward pass"
+
+    def add_missing(self, of_ranks: Sequence[dict[str, str]]) -> None:
+        """Note what is missing on any rank."""
+        for rank, missing in enumerate(of_ranks):
+            for name, reason in missing.items():
+                self.missing.setdefault(name, f"on rank {rank} {reason}")
+
+    def complete(self, names: Iterable[str]) -> list[str]:
+        """Return those of some outputs that nothing is missing of."""
+        return [name for name in names if name in self._accumulators and name not in self.missing]
+
+    def accumulator(self, name: str) -> Accumulator:
+        """Return what takes the features of an output."""
+        return self._accumulators[name]
+
+    def recorded(self, arrays: list[LogArray]) -> Recording:
+        """Return a recording of these arrays, and what is missing."""
         shapes = {
             array.layer: self._shapes[array.layer] for array in arrays if array.layer is not None
         }
-        return Recording(
-            arrays, missing=self._missing, notes={"layers": {"feature_shapes": shapes}}
-        )
+        return Recording(arrays, missing=self.missing, notes={"layers": {"feature_shapes": shapes}})
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        if name in self._missing:
+        if name in self.missing:
             return
         if tensor.is_nested:
-            self._missing[name] = "its output is a nested tensor"
+            self.missing[name] = "its output is a nested tensor"
             return
         axis = self._axis(name, tensor)
         if axis is None:
-            self._missing[name] = (
+            self.missing[name] = (
                 f"no axis of its output {list(tensor.shape)} is the batch of {self._size}"
             )
             self._accumulators.pop(name, None)
             return
         if not tensor.is_floating_point():
-            self._missing[name] = f"its output is {tensor.dtype}, not floating point"
+            self.missing[name] = f"its output is {tensor.dtype}, not floating point"
             return
         if name not in self._held:
             return  # It is the turn of others.
         features = tensor.movedim(axis, 0)
         if self._shapes[name] != list(features.shape[1:]):
-            self._missing[name] = (
+            self.missing[name] = (
                 f"its output for an example changes in shape between batches: "
                 f"{self._shapes[name]}, then {list(features.shape[1:])}"
             )

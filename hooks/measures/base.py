@@ -77,6 +77,11 @@ class Measure(ABC):
     training: Training | None = None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether its probe is divided between ranks, so that rank 0 alone records it."""
+        return self.probe is not None and self.probe.sharded
+
+    @property
     @abstractmethod
     def source(self) -> str:
         """Where its examples come from, as the log names it."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.host_copies import on_host, wait_for_copies
 from sonde.hooks.probes import call, device_of, undisturbed
+from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
 from sonde.hooks.stores import to_log_array
 from sonde.hooks.taps import tensor_leaves
 
@@ -40,15 +41,34 @@ class Predictions(ProbeMeasure):
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep the outputs."""
+        shards = self.probe.shards()
+        if shards is not None:
+            parts = collect(agreed(lambda: self._own_logits(subject.model, shards)))
+            return Recording() if parts is None else _recording(torch.cat(parts))
         batches = []
         with undisturbed(subject.model), torch.no_grad():
             for inputs, _ in self.probe.batches(device_of(subject.model)):
                 batches.append(on_host(logits_of(call(subject.model, inputs))))
         wait_for_copies()
         logits = torch.cat(batches)
-        names = {1: (), 2: ("class",)}
-        rest = names.get(logits.ndim, tuple(f"output_{axis}" for axis in range(1, logits.ndim)))
-        return Recording([to_log_array(logits, "logits", ("example", *rest))])
+        return _recording(logits)
+
+    def _own_logits(self, model: nn.Module, shards: Shards) -> Tensor:
+        """Return the outputs for the examples of this rank, on the CPU."""
+        found = []
+        with undisturbed(model), torch.no_grad():
+            take_buffers_of_first(model)
+            for rows, is_own in shards.batches():
+                inputs, _ = self.probe.rows(rows, device_of(model))
+                logits = logits_of(call(model, inputs)).cpu()
+                found.append(logits if is_own else logits[:0])
+        return torch.cat(found)
+
+
+def _recording(logits: Tensor) -> Recording:
+    names = {1: (), 2: ("class",)}
+    rest = names.get(logits.ndim, tuple(f"output_{axis}" for axis in range(1, logits.ndim)))
+    return Recording([to_log_array(logits, "logits", ("example", *rest))])
 
 
 def logits_of(output: Any) -> Tensor:

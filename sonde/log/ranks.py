@@ -84,7 +84,7 @@ def join(writers: Sequence[WriterLog], rank: int | None = None) -> Joined:
         findings = [f for finding in findings if (f := _before(finding, resume_step)) is not None]
         taken = those if rank is None else [w for w in those if w.rank == rank]
         if rank is None:
-            findings += _missing_ranks(attempt, those)
+            findings += _missing_ranks(attempt, [w for w in writers if w.attempt == attempt])
         for key in dict.fromkeys(key for writer in taken for key in writer.parts):
             shares = {w.rank: _latest(w, key) for w in taken if key in w.parts}
             found.setdefault(key, {}).update(_join_ranks(key, shares, findings))
@@ -199,7 +199,8 @@ def _is_behind(shares: Mapping[int, Share], step: int) -> bool:
 
 def _missing_ranks(attempt: int, writers: Sequence[WriterLog]) -> list[dict[str, Any]]:
     world_size = max(int(writer.about.get("world_size") or 0) for writer in writers)
-    there = {writer.rank for writer in writers}
+    # A rank may leave it to rank 0 to record what all of them evaluate.
+    there = {w.rank for w in writers if w.parts or w.about.get("records_nothing")}
     missing = [rank for rank in range(world_size) if rank not in there]
     if not missing:
         return []

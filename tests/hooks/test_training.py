@@ -778,6 +778,37 @@ def test_output_gradients_of_a_probe_are_refused(tmp_path: Path) -> None:
         sonde.Recorder(tmp_path / "run", Net(), [measure])
 
 
+def test_examples_that_only_fill_up_a_batch_are_marked(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    measures = [sonde.Activations(sonde.TRAINING)]
+    recorder = sonde.Recorder(tmp_path / "run", model, measures, when=sonde.every(1))
+    recorder.attach(optimizer)
+    for num_real in (None, 1):
+        for _ in range(2):
+            with recorder.batch(ids=torch.arange(3)):
+                loss = model(torch.ones(3, 3)).sum()
+            loss.backward()
+        with recorder.batch(ids=torch.arange(3)):
+            loss = model(torch.ones(3, 3)).sum()
+            recorder.batch(loss=loss, reduction="sum")
+            recorder.batch(num_real=num_real)
+        loss.backward()
+        optimizer.step()
+    recorder.close()
+    log = sonde.open_run(tmp_path / "run").activations
+    assert log.steps_of("is_duplicate") == [1]
+    assert log.array("is_duplicate", 1).tolist() == [False] * 7 + [True] * 2
+
+
+def test_a_negative_number_of_examples_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    measures = [sonde.Activations(sonde.TRAINING)]
+    with sonde.Recorder(tmp_path / "run", model, measures, on_error="raise") as recorder:
+        with pytest.raises(sonde.SondeError, match=r"`num_real` \(=-1\) must be >= 0"):
+            recorder.batch(num_real=-1)
+
+
 def test_a_measure_of_a_probe_is_no_pass_of_the_training(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
