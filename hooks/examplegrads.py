@@ -8,7 +8,6 @@ own loss, not divided by the number of examples.
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from .factors import Factor, joined
 from .gradient_batches import BatchGradients, batch_gradients
 from .gradient_checks import differing
 from .gradient_fallback import fallback_gradients
+from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import UnsupportedError
 from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
@@ -166,7 +166,7 @@ class _Evaluation:
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
         result = ExampleGradientResult()
-        kept = _Kept(self._store, [probe.num_examples for probe in self._probes])
+        kept = KeptGradients(self._probes[0].num_examples)
         trained = []
         for parameter in parameters:
             if parameter.tensor.requires_grad:
@@ -179,7 +179,8 @@ class _Evaluation:
             remaining = [parameter for parameter in remaining if parameter not in done]
         for parameter in trained:
             result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
-        kept.into(result, trained)
+        result.total, result.layers, result.parameters = kept.total(), kept.layers, kept.parameters
+        result.norms, result.layer_norms = kept.norms()
         return result
 
     def _coverage(self, parameter: OwnedParameter) -> str:
@@ -189,7 +190,7 @@ class _Evaluation:
             return f"fallback: {self._problems[parameter.name]}"
         return EXACT
 
-    def _pass(self, wanted: list[OwnedParameter], kept: _Kept) -> list[OwnedParameter]:
+    def _pass(self, wanted: list[OwnedParameter], kept: KeptGradients) -> list[OwnedParameter]:
         """Run the examples, for as many parameters as memory allows; return which."""
         group = wanted
         factors: list[_Factors] = [defaultdict(list) for _ in self._probes]
@@ -209,13 +210,14 @@ class _Evaluation:
                     if isinstance(self._store, Gram):
                         factors[at][parameter].append(factor)
                     else:
-                        kept.add_rows(parameter, factor, start)
+                        rows = reduced_rows(self._store, parameter.name, factor)
+                        kept.add_rows(self._store, parameter, *rows, start)
                 start += num_examples
         for parameter in group:
             if parameter in factors[0] and parameter.name not in self._unsupported:
-                kept.add_grams(parameter, [joined(of[parameter]) for of in factors])
-                for of in factors:
-                    del of[parameter]
+                kept.add_products(
+                    parameter, *_products([joined(of.pop(parameter)) for of in factors])
+                )
         return group
 
     def _that_fit(
@@ -301,65 +303,12 @@ class _Evaluation:
         return {p: factors[p.tensor] for p in parameters if p.tensor not in differ}
 
 
-class _Kept:
-    """What a store keeps of the gradients, added up over parameters."""
-
-    def __init__(self, store: Gram | Sketch | Full, sizes: list[int]) -> None:
-        self._store = store
-        self._sizes = sizes
-        self._layers: dict[str, Tensor] = {}
-        self._norms: dict[str, Tensor] = {}
-        self._rows: dict[OwnedParameter, list[Tensor]] = defaultdict(list)
-
-    def add_grams(self, parameter: OwnedParameter, factors: list[Factor]) -> None:
-        """Add the inner products of the gradients of a parameter."""
-        if len(factors) > 1:
-            products = factors[0].cross(factors[1])
-            squares = factors[0].squared_norms()
-        else:
-            products = factors[0].gram()
-            squares = products.diagonal()
-        self._add(self._layers, parameter.layer, products)
-        self._add(self._norms, parameter.layer, squares)
-
-    def add_rows(self, parameter: OwnedParameter, factor: Factor, start: int) -> None:
-        """Add the gradients of a parameter, of some examples."""
-        squares = torch.zeros(self._sizes[0], dtype=torch.float64)
-        for rows, formed in factor.blocks():
-            at = slice(start + rows.start, start + rows.stop)
-            squares[at] = (formed.double() ** 2).sum(1).cpu()
-            if isinstance(self._store, Full):
-                kept = formed.detach().to("cpu", self._store.dtype or formed.dtype, copy=True)
-                self._rows[parameter].append(kept)
-            elif isinstance(self._store, Sketch):
-                seed = zlib.crc32(f"{self._store.seed} {parameter.name}".encode())
-                # Another projection for each parameter, or their sum would not be unbiased.
-                sketch = Sketch(self._store.dim, seed).part(formed, is_held=False).values.cpu()
-                total = sketch.new_zeros(self._sizes[0], self._store.dim)
-                total[at] = sketch
-                self._add(self._layers, parameter.layer, total)
-        self._add(self._norms, parameter.layer, squares)
-
-    def into(self, result: ExampleGradientResult, trained: Sequence[OwnedParameter]) -> None:
-        """Put what is kept into a result."""
-        result.layers = self._layers
-        result.layer_norms = {name: _root(squares) for name, squares in self._norms.items()}
-        result.norms = _root(sum(self._norms.values(), torch.zeros(self._sizes[0])))
-        if self._layers:
-            result.total = torch.stack(list(self._layers.values())).sum(0)
-        for parameter in trained:
-            if self._rows[parameter]:
-                rows = torch.cat(self._rows[parameter])
-                result.parameters[parameter.name] = rows.reshape(-1, *parameter.tensor.shape)
-
-    @staticmethod
-    def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        sums[name] = sums[name] + values if name in sums else values
-
-
-def _root(squares: Tensor) -> Tensor:
-    # Products of float32 may leave a square of nearly nothing below zero.
-    return squares.double().clamp(min=0).sqrt()
+def _products(factors: list[Factor]) -> tuple[Tensor, Tensor]:
+    """Return the inner products of one set of gradients or between two, and squared norms."""
+    if len(factors) > 1:
+        return factors[0].cross(factors[1]), factors[0].squared_norms()
+    products = factors[0].gram()
+    return products, products.diagonal()
 
 
 def _as_probe(inputs: Any, targets: Any, batch_size: int | None) -> Probe:

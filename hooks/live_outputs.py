@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
+from .live_examples import describe_examples
 from .measures.base import Observation, Recording
 from .stores import Part, Store
 from .taps import is_recomputing, tapped, tensor_leaves
@@ -99,7 +99,7 @@ class LiveOutputs(Observation):
         for name in self._layers:
             if not any(calls[name] for calls in self._calls.values()):
                 self._missing[name] = "it was never called in the forward pass"
-        examples, attributes = _describe(micro_batches, of_gradients=self._of_gradients)
+        examples, attributes = describe_examples(micro_batches, of_gradients=self._of_gradients)
         if self._step.num_late_passes:
             attributes["late_passes"] = self._step.num_late_passes
         sizes = self._store.block_sizes([micro_batch.num_examples for micro_batch in micro_batches])
@@ -246,47 +246,3 @@ class LiveOutputs(Observation):
             if key in parts and parts[key].features is not None:
                 self._free_bytes += parts[key].num_bytes
                 parts[key] = Part(parts[key].values)
-
-
-def _describe(
-    micro_batches: list[MicroBatch], *, of_gradients: bool
-) -> tuple[list[LogArray], dict[str, Any]]:
-    """Return which examples a record is of, and what is known of them."""
-    batches = [micro_batch.batch for micro_batch in micro_batches]
-    ids = [batch.ids for batch in batches if batch is not None and batch.ids is not None]
-    targets = [b.targets for b in batches if b is not None and b.targets is not None]
-    arrays = []
-    if len(ids) == len(micro_batches):
-        arrays.append(LogArray("id", np.concatenate(ids), ("example",)))
-    if len(targets) == len(micro_batches) and len({t.shape[1:] for t in targets}) == 1:
-        values = np.concatenate(targets)
-        dims = ("example", *(f"target_{axis}" for axis in range(1, values.ndim)))
-        arrays.append(LogArray("target", values, dims))
-    arrays += _duplicates(micro_batches)
-    attributes: dict[str, Any] = {
-        "micro_batches": [micro_batch.num_examples for micro_batch in micro_batches],
-        "ids": "given" if len(ids) == len(micro_batches) else "unknown: in order of arrival",
-    }
-    if of_gradients:
-        factors = [micro_batch.factor() for micro_batch in micro_batches]
-        known = [float(factor) for factor in factors if factor is not None]
-        attributes["scale"] = (
-            "gradient of one example's loss, not divided by the number of examples"
-            if len(known) == len(factors)
-            else "unknown: as it came back; give recorder.batch(loss=…)"
-        )
-        attributes["factors"] = known
-    return arrays, attributes
-
-
-def _duplicates(micro_batches: list[MicroBatch]) -> list[LogArray]:
-    """Return which examples only fill up a batch, where that was told of any micro-batch."""
-    sizes = [micro_batch.num_examples for micro_batch in micro_batches]
-    told = [None if one.batch is None else one.batch.num_real for one in micro_batches]
-    if all(num_real is None for num_real in told):
-        return []
-    masks = [
-        np.arange(size) >= (size if num_real is None else num_real)
-        for size, num_real in zip(sizes, told, strict=True)
-    ]
-    return [LogArray("is_duplicate", np.concatenate(masks), ("example",))]

@@ -155,6 +155,11 @@ class TrainingStep:
         return self.error is None and not self.is_paused and not torch.compiler.is_compiling()
 
     @property
+    def running_pass(self) -> Pass | None:
+        """The pass of the training whose forward runs now."""
+        return self._running
+
+    @property
     def micro_batches(self) -> list[MicroBatch]:
         """The micro-batches that gradients came back to."""
         return [micro_batch for micro_batch in self._micro_batches if micro_batch.has_gradients]

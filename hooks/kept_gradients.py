@@ -1,0 +1,99 @@
+"""What a store keeps of per-example gradients, added up over the parameters of layers."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from .factors import Factor
+from .owned_parameters import OwnedParameter
+from .stores import Full, Sketch
+
+
+def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Reduce gradients to what a store keeps of them.
+
+    Args:
+        store: The store.
+        name: The name of the parameter; each has a projection of its own, or the sum of sketches
+            would not be unbiased.
+        factor: The gradients.
+
+    Returns:
+        What is kept, [examples, …], and the squared norms, float64 [examples]; on the CPU.
+    """
+    if isinstance(store, Sketch):
+        store = Sketch(store.dim, zlib.crc32(f"{store.seed} {name}".encode()))
+    values, squares = [], []
+    for _, formed in factor.blocks():
+        squares.append((formed.double() ** 2).sum(1).cpu())
+        if isinstance(store, Sketch):
+            values.append(store.part(formed, is_held=False).values.cpu())
+        else:
+            values.append(formed.detach().to("cpu", store.dtype or formed.dtype, copy=True))
+    return torch.cat(values), torch.cat(squares)
+
+
+class KeptGradients:
+    """Adds up what is kept of the gradients of parameters.
+
+    Args:
+        num_examples: The number of examples.
+
+    Attributes:
+        layers: Inner products or sketches of each layer.
+        parameters: The gradients themselves of each parameter, [examples, *parameter].
+    """
+
+    def __init__(self, num_examples: int) -> None:
+        self._num_examples = num_examples
+        self._squares: dict[str, Tensor] = {}
+        self.layers: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
+
+    def add_products(self, parameter: OwnedParameter, products: Tensor, squares: Tensor) -> None:
+        """Add the inner products of the gradients of a parameter."""
+        _add(self.layers, parameter.layer, products)
+        _add(self._squares, parameter.layer, squares)
+
+    def add_rows(
+        self,
+        store: Sketch | Full,
+        parameter: OwnedParameter,
+        values: Tensor,
+        squares: Tensor,
+        start: int,
+    ) -> None:
+        """Add what `reduced_rows` returned of some examples, the first of which is `start`."""
+        rows = slice(start, start + len(values))
+        every = squares.new_zeros(self._num_examples)
+        every[rows] = squares
+        _add(self._squares, parameter.layer, every)
+        is_full = isinstance(store, Full)
+        kept, name = (
+            (self.parameters, parameter.name) if is_full else (self.layers, parameter.layer)
+        )
+        shape = parameter.tensor.shape if is_full else values.shape[1:]
+        if name not in kept:
+            kept[name] = values.new_zeros(self._num_examples, *shape)
+        kept[name][rows] += values.reshape(-1, *shape)
+
+    def total(self) -> Tensor | None:
+        """Return the sum over all layers."""
+        return torch.stack(list(self.layers.values())).sum(0) if self.layers else None
+
+    def norms(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the norm of each example's gradient, in all and of each layer, float64."""
+        total = sum(self._squares.values(), torch.zeros(self._num_examples))
+        return _root(total), {name: _root(squares) for name, squares in self._squares.items()}
+
+
+def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+    sums[name] = sums[name] + values if name in sums else values
+
+
+def _root(squares: Tensor) -> Tensor:
+    # Products of float32 may leave a square of nearly nothing below zero.
+    return squares.double().clamp(min=0).sqrt()

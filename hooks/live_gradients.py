@@ -1,0 +1,370 @@
+"""Per-example gradients of the training itself, from its own forward and backward passes.
+
+Nothing is run again: the uses of parameters are seen in the forward pass, and the gradients that
+come back to their outputs make the per-example gradients while the backward pass goes on. Where a
+parameter's own gradient arrives, before it is accumulated, reduced or clipped, their sum is held
+against it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sonde.log import LogArray
+
+from .factors import Factor, joined, summed
+from .gradient_batches import add_operation, root_of
+from .kept_gradients import KeptGradients, reduced_rows
+from .live_examples import describe_examples
+from .measures.base import Observation, Recording
+from .owned_parameters import OwnedParameter
+from .parameter_uses import Operation, ParameterUses
+from .stores import Full, Gram, Sketch
+from .taps import add_hook, is_recomputing
+from .training import MicroBatch, TrainingStep
+
+# How far the sum of per-example gradients may be off the gradient itself, relative to its norm, by
+# the type of what came back; and relative to the norm of all, where one is zero but for rounding.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_TOLERANCE = 5e-2
+_ROUNDING = 1e-2
+
+ToArrays = Callable[[KeptGradients], list[LogArray]]
+
+
+@dataclass(eq=False)
+class _Seen:
+    """An operation of a pass, with the gradients that have come back to its outputs."""
+
+    operation: Operation
+    micro_batch: MicroBatch
+    deltas: list[Tensor | None]
+    is_used: bool = False
+
+
+@dataclass
+class _Check:
+    """The sum of per-example gradients beside the gradient, on the device."""
+
+    distance: Tensor
+    norm: Tensor
+    tolerance: float
+
+
+@dataclass
+class _Held:
+    """The gradients of a parameter in one micro-batch: as factors, or what is kept of them."""
+
+    factor: Factor | None
+    values: Tensor | None = None
+    squares: Tensor | None = None
+
+
+@dataclass
+class _Gradients:
+    """What is known of one parameter in a step."""
+
+    parts: dict[MicroBatch, list[Factor]] = field(default_factory=lambda: defaultdict(list))
+    held: dict[MicroBatch, _Held] = field(default_factory=dict)
+    checks: list[_Check] = field(default_factory=list)
+
+
+class LiveGradients(Observation):
+    """Observes the per-example gradients of one step of the training.
+
+    Args:
+        step: The step.
+        model: The model, without wrappers.
+        parameters: The parameters.
+        store: The form kept.
+        memory: How many bytes may be held for micro-batches to come.
+        to_arrays: Makes the arrays of a record of what is kept.
+    """
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        model: nn.Module,
+        parameters: Sequence[OwnedParameter],
+        store: Gram | Sketch | Full,
+        memory: int,
+        to_arrays: ToArrays,
+    ) -> None:
+        self._step = step
+        self._model = model
+        self._parameters = {p.tensor: p for p in parameters if p.tensor.requires_grad}
+        self._frozen = [p for p in parameters if not p.tensor.requires_grad]
+        self._store = store
+        self._free_bytes = memory
+        self._to_arrays = to_arrays
+        self._gradients: dict[nn.Parameter, _Gradients] = defaultdict(_Gradients)
+        self._pending: dict[nn.Parameter, list[_Seen]] = defaultdict(list)
+        self._problems: dict[nn.Parameter, str] = {}
+        self._couplings: list[str] = []
+        self._delta_dtypes: set[torch.dtype] = set()
+        self._error: Exception | None = None
+        self._depth = 0
+        self._uses: ParameterUses | None = None
+        self._stack = ExitStack()
+        self._stack.callback(add_hook(model, self._enter, is_before=True))
+        self._stack.callback(add_hook(model, self._leave, is_last=True))
+        for tensor in self._parameters:
+            hook = self._guarded(partial(self._settle, tensor))
+            self._stack.callback(tensor.register_hook(hook).remove)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        self._stack.close()
+
+    def finish(self) -> Recording:
+        """Return what was seen of the step.
+
+        Raises:
+            Exception: What went wrong in a hook, which never raises into the training.
+        """
+        error = self._error or self._step.error
+        if error is not None:
+            raise error
+        micro_batches = self._step.micro_batches
+        if not micro_batches:
+            nothing = "no gradient came back to a forward pass between this step and the next"
+            return Recording(missing={"(model)": nothing})
+        with torch.no_grad():
+            for tensor in list(self._pending):
+                self._settle(tensor)
+        failed = self._failed_checks()
+        kept = KeptGradients(sum(one.num_examples for one in micro_batches))
+        scales = _scales(micro_batches)
+        coverage = {name: "frozen" for p in self._frozen for name in p.names}
+        missing: dict[str, str] = {}
+        for tensor, parameter in self._parameters.items():
+            reason: str | None = self._problems.get(tensor) or failed.get(tensor)
+            if reason is None:
+                reason = self._add(kept, parameter, micro_batches, scales)
+            if reason is not None:
+                missing[parameter.name] = reason
+            verdict = "exact" if reason is None else f"unsupported: {reason}"
+            coverage.update(dict.fromkeys(parameter.names, verdict))
+        examples, attributes = describe_examples(micro_batches, of_gradients=True)
+        attributes |= self._attributes()
+        arrays = self._to_arrays(kept)
+        return Recording(
+            [*examples, *arrays] if arrays else [],
+            attributes,
+            missing,
+            {"coverage": {"parameters": coverage}},
+        )
+
+    def _attributes(self) -> dict[str, Any]:
+        checks = [check for found in self._gradients.values() for check in found.checks]
+        attributes: dict[str, Any] = {}
+        if checks:
+            total = sum(float(check.norm) ** 2 for check in checks) ** 0.5
+            worst = max(float(check.distance) for check in checks)
+            attributes["sum_check"] = {
+                "parameters": len({t for t, found in self._gradients.items() if found.checks}),
+                "largest_difference": worst / total if total else worst,
+            }
+        else:
+            attributes["sum_check"] = "no gradient of a parameter was seen, as under FSDP"
+        if self._couplings:
+            attributes["coupled"] = (
+                f"{self._couplings[0]} couple the examples: a row is the contribution of its "
+                "example to the gradient of the batch"
+            )
+        if self._step.num_late_passes:
+            attributes["late_passes"] = self._step.num_late_passes
+        return attributes
+
+    def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Let nothing out of a hook, neither a value nor an exception."""
+
+        def call(*args: Any) -> None:
+            if self._error is None and self._step.observes():
+                try:
+                    # The training's autocast would multiply in half precision.
+                    with torch.no_grad(), torch.autocast(_device_type(args), enabled=False):
+                        function(*args)
+                except Exception as error:
+                    self._error = error
+                    self._gradients.clear()
+                    self._pending.clear()
+
+        return call
+
+    def _enter(self, *_: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or self._error is not None or not self._step.observes():
+            return
+        one = self._step.running_pass
+        if one is None or is_recomputing():
+            return
+        try:
+            size = one.micro_batch.size
+            if size is None:
+                for tensor in self._parameters:
+                    self._problems[tensor] = "the number of examples is not known"
+                return
+            take = partial(self._take, one.micro_batch)
+            uses = ParameterUses(self._model, self._parameters, take, size)
+            uses.__enter__()
+            self._uses = uses
+        except Exception as error:
+            self._error = error
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth or self._uses is None:
+            return
+        uses, self._uses = self._uses, None
+        uses.__exit__(None, None, None)
+        self._error = self._error or uses.error
+        for tensor, reason in uses.problems.items():
+            self._problems.setdefault(tensor, reason)
+        self._couplings += uses.couplings
+
+    def _take(self, micro_batch: MicroBatch, operation: Operation) -> None:
+        """Wait for the gradients of an operation's outputs."""
+        seen = _Seen(operation, micro_batch, [None] * len(operation.outputs))
+        for use in operation.uses:
+            for tensor in use.parameters & self._parameters.keys():
+                self._pending[tensor].append(seen)
+        for at, output in enumerate(operation.outputs):
+            if output.requires_grad:
+                root_of(output).register_hook(self._guarded(partial(self._take_delta, seen, at)))
+
+    def _take_delta(self, seen: _Seen, at: int, delta: Tensor | None) -> None:
+        if delta is None:
+            return
+        if seen.is_used or seen.deltas[at] is not None:
+            for use in seen.operation.uses:
+                for tensor in use.parameters:
+                    reason = "gradients came back to its outputs more than once in a step"
+                    self._problems.setdefault(tensor, reason)
+            return
+        seen.deltas[at] = delta.detach()
+        self._delta_dtypes.add(delta.dtype)
+        if len(seen.deltas) == 1:
+            self._use(seen)
+
+    def _use(self, seen: _Seen) -> None:
+        """Make the gradients of an operation's parameters, as what came back to it is complete."""
+        if seen.is_used:
+            return
+        seen.is_used = True
+        parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
+        if any(delta is not None for delta in seen.deltas):
+            add_operation(seen.operation, seen.deltas, parts, self._problems)
+        for tensor, factors in parts.items():
+            self._gradients[tensor].parts[seen.micro_batch] += factors
+
+    def _settle(self, tensor: nn.Parameter, gradient: Tensor | None = None) -> None:
+        """Keep what a store keeps of the gradients of a parameter that have come."""
+        for seen in self._pending.pop(tensor, []):
+            self._use(seen)
+        found = self._gradients[tensor]
+        parts, found.parts = found.parts, defaultdict(list)
+        total: Tensor | None = None
+        for micro_batch, of_micro_batch in parts.items():
+            factor = summed(of_micro_batch)
+            if micro_batch in found.held:
+                reason = "gradients came back to it more than once in a step"
+                self._problems.setdefault(tensor, reason)
+                continue
+            if gradient is not None:
+                total = factor.sum() if total is None else total + factor.sum()
+            found.held[micro_batch] = self._hold(self._parameters[tensor], factor)
+        if gradient is not None and tensor not in self._problems:
+            flat = gradient.detach().to_dense().flatten()
+            wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+            difference = flat.to(wide) - (0 if total is None else total.to(wide))
+            lowest = min([flat.dtype, *self._delta_dtypes], key=lambda dtype: dtype.itemsize)
+            tolerance = _TOLERANCES.get(lowest, _HALF_TOLERANCE)
+            norm = flat.to(wide).norm()
+            found.checks.append(_Check(difference.norm(), norm, tolerance))
+
+    def _hold(self, parameter: OwnedParameter, factor: Factor) -> _Held:
+        if not isinstance(self._store, Gram):
+            return _Held(None, *reduced_rows(self._store, parameter.name, factor))
+        num_bytes = factor.row_bytes * factor.num_examples
+        if num_bytes <= self._free_bytes:
+            self._free_bytes -= num_bytes
+            return _Held(factor)
+        products = factor.gram()
+        return _Held(None, products, products.diagonal())
+
+    def _add(
+        self,
+        kept: KeptGradients,
+        parameter: OwnedParameter,
+        micro_batches: Sequence[MicroBatch],
+        scales: Tensor,
+    ) -> str | None:
+        """Add the gradients of a parameter to what is kept; return why that is impossible."""
+        found = self._gradients[parameter.tensor].held
+        held = [found[one] for one in micro_batches if one in found]
+        if not held:
+            return "no gradient came back to it"
+        if len(held) < len(micro_batches):
+            return f"it was seen in {len(held)} of {len(micro_batches)} micro-batches"
+        if isinstance(self._store, Gram):
+            factors = [one.factor for one in held if one.factor is not None]
+            if len(factors) < len(held) > 1:
+                return (
+                    f"the gradients of its {len(held)} micro-batches take more memory than "
+                    "`memory` allows; raise it, or use store=Sketch() or Full()"
+                )
+            products = joined(factors).gram() if factors else held[0].values
+            assert products is not None
+            scaled = products * scales[:, None] * scales
+            kept.add_products(parameter, scaled, scaled.diagonal())
+            return None
+        start = 0
+        for one in held:
+            assert one.values is not None
+            assert one.squares is not None
+            rows = scales[start : start + len(one.values)]
+            values = one.values * rows[:, None].to(one.values.dtype)
+            kept.add_rows(self._store, parameter, values, one.squares * rows**2, start)
+            start += len(one.values)
+        return None
+
+    def _failed_checks(self) -> dict[nn.Parameter, str]:
+        """Return which parameters' gradients do not add up, and by how much."""
+        squares = [
+            float(check.norm) ** 2 for found in self._gradients.values() for check in found.checks
+        ]
+        total = sum(squares) ** 0.5
+        failed = {}
+        for tensor, found in self._gradients.items():
+            for check in found.checks:
+                distance, norm = float(check.distance), float(check.norm)
+                allowed = check.tolerance * (norm + _ROUNDING * total)
+                if not distance <= allowed and norm == norm:
+                    failed[tensor] = (
+                        f"the per-example gradients do not add up to the gradient: the difference "
+                        f"has {distance / norm if norm else distance:.2g} of its norm"
+                    )
+        return failed
+
+
+def _scales(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Return what makes each gradient that of an example's own loss, float64 [examples]."""
+    parts = []
+    for one in micro_batches:
+        factor = one.factor()
+        value = 1.0 if factor is None else float(factor)
+        parts.append(torch.full((one.num_examples,), value, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    return next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
