@@ -71,7 +71,7 @@ CASES = [
     ),
     Case("with_lightning.py", "LitClassifier", [*range(0, 13, 2)], needs="lightning"),
     Case("with_timm.py", "ResNet", [0, 2], needs="timm"),
-    Case("averaged.py", "Sequential", [0, 2, 4, 6, 8], is_slow=False),
+    Case("averaged.py", "Sequential", [0, 2, 4, 6, 8]),
     # It has fewer examples than are waited for, which shows in its second forward pass.
     Case("lbfgs.py", "Sequential", [2, 4], is_slow=False),
 ]
