@@ -190,7 +190,7 @@ class Watch:
     def _record(self) -> None:
         rank, num_ranks = process_rank(os.environ)
         needs_probe = self._config.needs_first and self._no_probe is None
-        probe = self._batches.probe(rank * _MAX_EXAMPLES) if needs_probe else None
+        probe = self._batches.probe(rank) if needs_probe else None
         others: dict[str, Any] = {}
         if probe is not None and self._config.chooses and _has_classes(probe):
             others["loss"] = cross_entropy

@@ -282,3 +282,30 @@ def test_ranks_of_one_launch_record_into_one_run(tmp_path: Path, is_full: bool) 
         run = sonde.open_run(tmp_path / "runs" / name)
         assert run.ranks == [0, 1]
         assert run.steps("activations") == [0, 1, 2, 3, 4]
+
+
+def test_a_model_whose_inputs_make_no_probe_is_recorded_in_band(tmp_path: Path) -> None:
+    (tmp_path / "listed.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = torch.nn.Linear(3, 2)\n"
+        "    def forward(self, rows):\n"
+        "        return self.fc(torch.cat(rows, 1))\n"
+        "torch.manual_seed(0)\n"
+        "net = Net()\n"
+        "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+        "for _ in range(3):\n"
+        "    net([torch.randn(5, 1) for _ in range(3)]).square().sum().backward()\n"
+        "    optimizer.step()\n"
+        "print([p.sum().item().hex() for p in net.parameters()])"
+    )
+    bare = run_python(["listed.py"], tmp_path)
+    ended = run_python(["-m", "sonde", "run", "listed.py"], tmp_path)
+    assert (ended.code, ended.stdout) == (0, bare.stdout)
+    assert "into runs/listed, in band: its input `rows` is a list; a probe takes" in ended.stderr
+    run = sonde.open_run(tmp_path / "runs" / "listed")
+    assert run.steps("activations") == [0, 1, 2]
+    assert run.sources("activations") == ["training"]
+    assert run.activations["fc"].gram(step=0).shape == (5, 5)
