@@ -20,7 +20,6 @@ from .training import TRAINING, Training
 # Any, in this file: what YAML holds.
 
 FIRST_BATCHES = "first batches"
-NUM_FIRST_EXAMPLES = 256
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Sources:
         named: The entries of `probes`.
         default: What stands at `probe`; None if nothing does.
         first: The examples of the first batches; None where nobody collects them.
-        num_first_examples: How many of them the file asks for.
+        num_first_examples: How many of them the file asks for; None if it does not say.
         is_first_used: Whether something was made of them.
     """
 
@@ -40,7 +39,7 @@ class Sources:
     named: Mapping[str, Any]
     default: Any = None
     first: Probe | None = None
-    num_first_examples: int = NUM_FIRST_EXAMPLES
+    num_first_examples: int | None = None
     is_first_used: bool = False
     _made: dict[str, Probe] = field(default_factory=dict)
 
@@ -95,9 +94,10 @@ class Sources:
         _check_keys(given, ("from", "examples"), place)
         if given["from"] != FIRST_BATCHES:
             raise place.below("from").unexpected(given["from"], f"`{FIRST_BATCHES}`")
-        number = given.get("examples", NUM_FIRST_EXAMPLES)
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise place.below("examples").unexpected(number, "a whole number >= 1")
+        number = given.get("examples")
+        is_number = isinstance(number, int) and not isinstance(number, bool) and number > 1
+        if not is_number and number is not None:
+            raise place.below("examples").unexpected(number, "a whole number >= 2")
         if self.first is None:
             raise place.error(
                 "only `sonde run` collects examples of the first batches; "

@@ -65,8 +65,9 @@ class FirstBatches:
             self._targets.append(targets.detach().to("cpu", copy=True))
         self.num_examples += sizes.pop()
 
-    def probe(self, first_id: int = 0) -> Probe:
-        """Return the examples as a probe; ids count from `first_id`, in order of arrival."""
+    def probe(self, rank: int = 0) -> Probe:
+        """Return the examples as a probe; ids count in order of arrival, and differ by rank."""
+        first_id = rank * self._limit
         size = min(self.num_examples, self._limit)
         joined = {
             name: torch.cat([batch[name] for batch in self._inputs])[:size]

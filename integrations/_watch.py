@@ -145,10 +145,14 @@ class Watch:
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Do what there is to do before a forward pass of the model."""
         known = set(module._forward_pre_hooks)
-        if self._hand_steps is not None and self._hand_steps.has_stepped():
+        has_changed = self._hand_steps is not None and self._hand_steps.has_stepped()
+        is_within = self._optimizer is not None and self._holds(self._optimizer)
+        if has_changed and not is_within:
             self._count_hand_step()
+        # In the midst of a step that evaluates its closure again, weights are those of no step.
         if self._recorder is None and self._has_enough(args, kwargs):
-            self._record()
+            if not (has_changed and is_within):
+                self._record()
         if self._hand_steps is None and not self._is_attached:
             self._hand_steps = HandSteps(self._model)
         # The hooks of this call are listed already: what was added since, it would leave out.
@@ -186,7 +190,7 @@ class Watch:
     def _record(self) -> None:
         rank, num_ranks = process_rank(os.environ)
         needs_probe = self._config.needs_first and self._no_probe is None
-        probe = self._batches.probe(rank * _MAX_EXAMPLES) if needs_probe else None
+        probe = self._batches.probe(rank) if needs_probe else None
         others: dict[str, Any] = {}
         if probe is not None and self._config.chooses and _has_classes(probe):
             others["loss"] = cross_entropy

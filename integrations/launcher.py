@@ -115,7 +115,7 @@ def run(launch: Launch) -> None:
     except BaseException as error:
         is_clean = isinstance(error, SystemExit) and error.code in (None, 0)
         reason = "closed" if is_clean else type(error).__name__
-        _hide_our_frames()
+        _hide_our_frames(main)
         raise
     finally:
         for watch in watches:
@@ -169,7 +169,7 @@ def _load(launch: Launch) -> tuple[CodeType, ModuleType]:
         try:
             code = compile(source, path, "exec", dont_inherit=True)
         except SyntaxError:
-            _hide_our_frames()
+            _hide_our_frames(main)
             raise
     main.__loader__ = loader
     vars(main).update(__builtins__=sys.modules["builtins"], __cached__=None)
@@ -194,25 +194,20 @@ def _find_module(name: str) -> ModuleSpec:
     return spec
 
 
-def _hide_our_frames() -> None:
+def _hide_our_frames(main: ModuleType) -> None:
     """Let the traceback of what now ends this process begin where the script does."""
+    names = vars(main)
     hook = sys.excepthook
 
     def show(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         shown = traceback
-        while shown is not None and _is_ours(shown):
+        while shown is not None and shown.tb_frame.f_globals is not names:
             shown = shown.tb_next
         hook(kind, error.with_traceback(shown), shown)
 
     sys.excepthook = show
-
-
-def _is_ours(traceback: TracebackType) -> bool:
-    """Tell whether a frame belongs to what runs the script: all before the script's first one."""
-    main = sys.modules.get("__main__")
-    return traceback.tb_frame.f_globals is not vars(main) if main is not None else False
 
 
 def _call_after_import(name: str, function: Callable[[], None]) -> None:

@@ -19,10 +19,18 @@ from sonde.log.layout import write_run_file
 from sonde.log.seal import seal_run
 from sonde.sizes import size_text
 
-COMMANDS = "ls show cka stiffness boundary tensorboard export seal verify".split()
+COMMANDS = "run ls show cka stiffness boundary tensorboard export seal verify".split()
 LAYERS = ["conv1", "layer1.0.conv2", "layer1.0.relu", "fc"]
 STEPS = [0, 10, 20, 30]
 HEAVY = ["torch", "xarray", "pandas", "matplotlib", "h5py", "tensorboard", "scipy"]
+TRAINING = """
+import torch
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    model(torch.randn(32, 4)).sum().backward()
+    optimizer.step()
+"""
 
 
 def write_run(path: Path, seed: int, layers: list[str] = LAYERS) -> None:
@@ -106,6 +114,14 @@ def write_run(path: Path, seed: int, layers: list[str] = LAYERS) -> None:
     writer.close()
 
 
+def write_training(folder: Path) -> None:
+    """Write a script that trains a little, also as a module, and a configuration."""
+    (folder / "train.py").write_text(TRAINING)
+    (folder / "project").mkdir()
+    (folder / "project" / "train.py").write_text(TRAINING)
+    (folder / "sonde.yaml").write_text("measures: [activations, scalars]\nwhen: {every: 2}")
+
+
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
@@ -174,8 +190,13 @@ def test_every_documented_example_runs(
     for seed in (0, 1):
         write_run(tmp_path / "runs" / f"seed{seed}", seed)
     monkeypatch.chdir(tmp_path)
+    write_training(tmp_path)
     for example in examples_of(command):
         words = shlex.split(example)
+        if command == "run":
+            done = subprocess.run([sys.executable, "-m", "sonde", *words], check=False)
+            assert done.returncode == 0
+            continue
         assert output_of(example)
         for option, file in pairwise(words):
             if option in ("--figure", "--csv"):

@@ -18,6 +18,20 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.\d+")
 
+SCRIPTS = README.parent / "tests" / "scripts"
+# What stands for the reader's own files.
+FILES = {
+    "train.py": (SCRIPTS / "mnist.py").read_text(),
+    "digest.py": (SCRIPTS / "digest.py").read_text(),
+    "probes.py": """
+import sonde
+import torch
+
+def test_set():
+    return sonde.Probe(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
+""",
+    "sonde.yaml": next(block for language, block in BLOCKS if language == "yaml"),
+}
 # What `make` does is what runs these tests.
 NOT_RUN = ("make", "tensorboard", "pip", "git")
 
@@ -45,6 +59,8 @@ def test_the_readme_runs_and_prints_what_it_says(
 ) -> None:
     mpl.use("agg")
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     names: dict[str, Any] = {}
     printed: str | None = None
     num_compared = 0
