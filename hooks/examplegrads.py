@@ -123,25 +123,30 @@ def example_gradients(
         >>> example_gradients(model, cross_entropy, x, y).total.shape
         torch.Size([8, 8])
     """
-    kept = Gram() if store is None else store
+    kept = check_store(Gram() if store is None else store)
     probes = [_as_probe(inputs, targets, batch_size)]
     if others is not None:
         probes.append(_as_probe(*_pair(others), batch_size))
-    if not isinstance(kept, Gram | Sketch | Full):
-        raise InvalidInputError(f"`store` (={store!r}) must be Gram(), Sketch(dim) or Full()")
     if len(probes) > 1 and not isinstance(kept, Gram):
         raise InvalidInputError(f"`others` takes inner products, which {kept!r} does not keep")
-    if isinstance(kept, Gram) and kept.block is not None:
-        raise InvalidInputError(
-            "`store` must be Gram() without blocks: a block is a call of its own"
-        )
-    if isinstance(kept, Full) and (kept.pool is not None or kept.units is not None):
-        raise InvalidInputError(
-            "`store` must be Full() or Full(dtype): gradients have no positions"
-        )
     selected = None if layers is None else select_layers(model, layers)
     with undisturbed(model):
         return _Evaluation(model, loss, probes, kept, memory).run(owned_parameters(model, selected))
+
+
+def check_store(store: Store) -> Gram | Sketch | Full:
+    """Return a store in which gradients can be kept.
+
+    Raises:
+        InvalidInputError: If it is none.
+    """
+    if not isinstance(store, Gram | Sketch | Full):
+        raise InvalidInputError(f"`store` (={store!r}) must be Gram(), Sketch(dim) or Full()")
+    if isinstance(store, Gram) and store.block is not None:
+        raise InvalidInputError("`store` must be Gram(), without blocks, of gradients")
+    if isinstance(store, Full) and (store.pool is not None or store.units is not None):
+        raise InvalidInputError("`store` must be Full() or Full(dtype) of gradients")
+    return store
 
 
 class _Evaluation:

@@ -112,6 +112,7 @@ class LiveGradients(Observation):
         self._delta_dtypes: set[torch.dtype] = set()
         self._error: Exception | None = None
         self._depth = 0
+        self._is_using = False
         self._uses: ParameterUses | None = None
         self._stack = ExitStack()
         self._stack.callback(add_hook(model, self._enter, is_before=True))
@@ -188,7 +189,8 @@ class LiveGradients(Observation):
         """Let nothing out of a hook, neither a value nor an exception."""
 
         def call(*args: Any) -> None:
-            if self._error is None and self._step.observes():
+            # A gradient of ours may be on its way from what was computed of a parameter to it.
+            if self._error is None and not self._is_using and self._step.observes():
                 try:
                     # The training's autocast would multiply in half precision.
                     with torch.no_grad(), torch.autocast(_device_type(args), enabled=False):
@@ -262,7 +264,11 @@ class LiveGradients(Observation):
         seen.is_used = True
         parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
         if any(delta is not None for delta in seen.deltas):
-            add_operation(seen.operation, seen.deltas, parts, self._problems)
+            self._is_using = True
+            try:
+                add_operation(seen.operation, seen.deltas, parts, self._problems)
+            finally:
+                self._is_using = False
         for tensor, factors in parts.items():
             self._gradients[tensor].parts[seen.micro_batch] += factors
 

@@ -2,68 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.examplegrads import example_gradients
+from sonde.hooks.examplegrads import check_store, example_gradients
+from sonde.hooks.kept_gradients import KeptGradients
+from sonde.hooks.live_gradients import LiveGradients
 from sonde.hooks.losses import Loss
+from sonde.hooks.owned_parameters import OwnedParameter, owned_parameters
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.select import Selector, layers_of, select_layers
-from sonde.hooks.stores import to_log_array
+from sonde.hooks.select import Selector, select_layers
+from sonde.hooks.stores import Full, Sketch, Store, to_log_array
+from sonde.hooks.training import Training, TrainingStep
+from sonde.log import LogArray
 
-from .base import ProbeMeasure, Recording, Subject
+from .base import Recording, Subject
+from .layer_measure import LayerMeasure
 
 
-class ExampleGradients(ProbeMeasure):
-    """Record the Gram matrix of per-example gradients on a probe, in eval mode.
+class ExampleGradients(LayerMeasure):
+    """Record per-example gradients: on a probe, in eval mode, or those of the training itself.
 
     The gradient of one example is that of its own loss with respect to the trained parameters, not
-    divided by the number of examples (Fort et al., 2019, 1901.09491, section 2). Recorded are the
-    matrix of each layer and, as `gram_total`, their sum; parameters without a rule are not in it,
-    and are named in the log and in one warning.
+    divided by the number of examples (Fort et al., 2019, 1901.09491, section 2). Recorded are what
+    the store keeps of each layer and, as `gram_total` or `sketch_total`, of their sum, and norms
+    of gradients. How each parameter is covered stands in the log: `exact`, `fallback` to
+    torch.func, `frozen`, or `unsupported`; what is unsupported is named in one warning, too.
+
+    `ExampleGradients(TRAINING)` takes them from the training's own passes, of every micro-batch
+    between a due step and the next one, at no extra pass. `Recorder.batch` gives the loss, whose
+    scale is divided out, and the ids. The sum over examples is held against the gradient of each
+    parameter as it arrives, before it is accumulated or clipped: `sum_check` in the record. Where
+    BatchNorm couples examples, a row is the contribution of its example, and the record says so.
 
     Args:
-        probe: The examples, with targets.
-        loss: (outputs, targets) of a batch to a scalar, such as `F.cross_entropy`.
+        source: The examples: a `Probe`, what one takes, or `TRAINING`.
+        loss: (outputs, targets) of a batch to a scalar, such as `F.cross_entropy`; None where the
+            model returns its loss, and for the training, which has its own.
         layers: Only parameters of these layers; None takes all.
+        store: The form kept: `Gram()`, `Sketch(dim)` or `Full()`.
         per_layer: Record each layer's matrix too, not only the sum.
+        memory: How many bytes `Gram` may hold of all examples. What does not fit takes another pass
+            over a probe; of the training it lacks steps of several micro-batches.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
-        InvalidInputError: If the loss cannot be called, or the probe has no targets.
+        InvalidInputError: If the arguments do not fit together.
     """
 
     name = "example_gradients"
 
     def __init__(
         self,
-        probe: Probe | Any,
-        loss: Loss,
+        source: Probe | Training | Any,
+        loss: Loss | None = None,
         layers: Selector | Sequence[Selector] | None = None,
+        store: Store | None = None,
         *,
         per_layer: bool = True,
+        memory: int = 1 << 30,
         when: Schedule | None = None,
     ) -> None:
-        super().__init__(probe, when=when)
-        if not callable(loss):
+        super().__init__(source, layers, store, memory=memory, when=when)
+        self._kept_by = check_store(self.store)
+        if loss is not None and not callable(loss):
             raise InvalidInputError(
                 f"`loss` (={loss!r}) must be a function of (outputs, targets), "
                 "such as torch.nn.functional.cross_entropy"
             )
-        if self.probe.targets is None:
+        if loss is not None and self.training is not None:
+            raise InvalidInputError(
+                "the training has a loss of its own; leave `loss` out, and tell of it by "
+                "recorder.batch(loss=…)"
+            )
+        if self.probe is not None and self.probe.targets is None and loss is not None:
             raise InvalidInputError(
                 "the probe of ExampleGradients has no targets; give Probe(inputs, targets)"
             )
-        # What was found for a model is not checked again at its next record.
-        self._verdicts: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
         self.loss = loss
-        self.layers = layers
         self.per_layer = per_layer
 
     def check(self, model: nn.Module) -> None:
@@ -73,12 +94,7 @@ class ExampleGradients(ProbeMeasure):
             LayerNotFoundError: If a selector takes nothing.
             InvalidInputError: If no selected parameter is trained.
         """
-        if self.layers is None:
-            parameters = list(model.parameters())
-        else:
-            selected = select_layers(model, self.layers).values()
-            parameters = [p for m in selected for p in m.parameters(recurse=False)]
-        if not any(parameter.requires_grad for parameter in parameters):
+        if not any(parameter.tensor.requires_grad for parameter in self._parameters(model)):
             raise InvalidInputError(
                 "no selected layer owns a parameter that requires a gradient; "
                 "select layers such as nn.Linear or nn.Conv2d, or leave `layers` out"
@@ -86,49 +102,110 @@ class ExampleGradients(ProbeMeasure):
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the measure."""
+        loss = "its own" if self.loss is None else getattr(self.loss, "__name__", None)
         return {
-            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
+            "store": self.store.describe(),
+            "loss": loss or type(self.loss).__name__,
             "scale": "gradient of one example's loss, not divided by the number of examples",
         }
 
-    def record_bytes(self, subject: Subject) -> int:
-        """Estimate the bytes of one record, where every layer with parameters is covered."""
-        layers = layers_of(subject.model)
-        if self.layers is not None:
-            layers = select_layers(subject.model, self.layers)
-        trained = [
-            layer
-            for layer in layers.values()
-            if any(p.requires_grad for p in layer.parameters(recurse=False))
-        ]
-        num_grams = 1 + len(trained) * self.per_layer
-        return num_grams * self.probe.num_examples**2 * _dtype_of(subject.model).itemsize
+    def record_bytes(self, subject: Subject) -> int | None:
+        """Estimate the bytes of one record on a probe, where every parameter is covered."""
+        if self.probe is None:
+            return None
+        n = self.probe.num_examples
+        trained = [p for p in self._parameters(subject.model) if p.tensor.requires_grad]
+        dtype = _dtype_of(subject.model)
+        if isinstance(self._kept_by, Full):
+            kept_dtype = self._kept_by.dtype or dtype
+            kept = n * sum(p.tensor.numel() for p in trained) * kept_dtype.itemsize
+        else:
+            num_layers = 1 + len({p.layer for p in trained}) * self.per_layer
+            kept = num_layers * self.store.kept_bytes(n, (), dtype)
+        num_norms = 1 + len({p.layer for p in trained}) * self.per_layer
+        return kept + num_norms * n * 8
 
     def record(self, subject: Subject) -> Recording:
-        """Compute the matrices.
+        """Compute the gradients of the probe.
 
         Raises:
             InvalidInputError: If no parameter is covered.
         """
-        grams = example_gradients(subject.model, self.loss, self.probe, layers=self.layers)
+        assert self.probe is not None  # Of the training it is observed.
+        result = example_gradients(
+            subject.model,
+            self.loss,
+            self.probe,
+            store=self.store,
+            layers=self.layers,
+            memory=self.memory,
+        )
         missing = {
             name: coverage.removeprefix("unsupported: ")
-            for name, coverage in grams.coverage.items()
+            for name, coverage in result.coverage.items()
             if coverage.startswith("unsupported")
         }
-        if not grams.layers:
+        if not result.layer_norms:
             raise InvalidInputError(f"no parameter has per-example gradients: {missing}")
-        dims = ("example", "other_example")
-        total = torch.stack(list(grams.layers.values())).sum(0)
+        arrays = self._arrays(
+            _dtype_of(subject.model),
+            result.layers,
+            result.parameters,
+            result.norms,
+            result.layer_norms,
+        )
+        coverage = {"parameters": result.coverage}
+        return Recording(arrays, missing=missing, notes={"coverage": coverage})
+
+    def observe(self, subject: Subject, step: TrainingStep) -> LiveGradients:
+        """Begin to take the gradients of the training's next passes."""
         dtype = _dtype_of(subject.model)
-        arrays = [to_log_array(total.to(dtype), "gram_total", dims)]
+
+        def to_arrays(kept: KeptGradients) -> list[LogArray]:
+            norms, layer_norms = kept.norms()
+            if not layer_norms:
+                return []
+            return self._arrays(dtype, kept.layers, kept.parameters, norms, layer_norms)
+
+        parameters = self._parameters(subject.model)
+        return LiveGradients(step, subject.model, parameters, self._kept_by, self.memory, to_arrays)
+
+    def _parameters(self, model: nn.Module) -> list[OwnedParameter]:
+        selected = None if self.layers is None else select_layers(model, self.layers)
+        return owned_parameters(model, selected)
+
+    def _arrays(
+        self,
+        dtype: torch.dtype,
+        layers: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        norms: Tensor,
+        layer_norms: Mapping[str, Tensor],
+    ) -> list[LogArray]:
+        """Return the arrays of a record."""
+        arrays = []
+        if layers:
+            is_sketch = isinstance(self._kept_by, Sketch)
+            kind = "sketch" if is_sketch else "gram"
+            dims = ("example", "sketch" if is_sketch else "other_example")
+            total = torch.stack(list(layers.values())).sum(0)
+            arrays.append(to_log_array(total.to(dtype), f"{kind}_total", dims))
+            if self.per_layer:
+                arrays += [
+                    to_log_array(values.to(dtype), kind, dims, layer)
+                    for layer, values in layers.items()
+                ]
+        for name, values in parameters.items():
+            rows = values.flatten(1)
+            dims = ("example", f"feature_{rows.shape[1]}")
+            arrays.append(to_log_array(rows, "full", dims, name))
+        arrays.append(to_log_array(norms, "norm_total", ("example",)))
         if self.per_layer:
             arrays += [
-                to_log_array(gram.to(dtype), "gram", dims, layer)
-                for layer, gram in grams.layers.items()
+                to_log_array(values, "norm", ("example",), layer)
+                for layer, values in layer_norms.items()
             ]
-        coverage = {"parameters": grams.coverage}
-        return Recording(arrays, missing=missing, notes={"coverage": coverage})
+        return arrays
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

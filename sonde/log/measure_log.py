@@ -182,6 +182,10 @@ class MeasureLog:
             StepNotFoundError: If the step was not recorded.
             LayerNotFoundError: If the record has no such layer.
         """
+        if layer is None and "sketch_total" in self.fields(None):
+            rows = self.array("sketch_total", step).astype(np.float64)
+            estimate: npt.NDArray[np.float64] = rows @ rows.T
+            return estimate
         if layer is None:
             return self.array("gram_total", step).astype(np.float64)
         fields = self._check_layer(layer)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sonde
 from sonde.exceptions import InvalidInputError, LayerNotFoundError
@@ -202,17 +203,28 @@ def test_the_total_alone_can_be_kept(
 ) -> None:
     measure = sonde.ExampleGradients(sonde.Probe(images, classes), F.cross_entropy, per_layer=False)
     run = record(tmp_path, conv_net, measure)
-    assert run.example_gradients.streams == [(None, "gram_total")]
+    assert run.example_gradients.streams == [(None, "gram_total"), (None, "norm_total")]
+
+
+class Unseen(nn.Module):
+    """A layer whose first pass makes no graph, as reentrant checkpoints are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.hidden, x.requires_grad_(), use_reentrant=True)
+        return torch.as_tensor(self.out(hidden))
 
 
 def test_uncovered_parameters_are_warned_of_and_logged(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.ConvTranspose1d(1, 2, 3), nn.Flatten(), nn.Linear(12, 3))
-    probe = sonde.Probe(torch.randn(6, 1, 4), torch.arange(6) % 3)
-    with pytest.warns(UserWarning, match=r"lacks 0\.weight: there is no rule for ConvTranspose1d"):
-        run = record(tmp_path, model, sonde.ExampleGradients(probe, F.cross_entropy))
+    probe = sonde.Probe(torch.randn(6, 4), torch.arange(6) % 3)
+    with pytest.warns(UserWarning, match=r"lacks hidden\.weight: it ran without gradients"):
+        run = record(tmp_path, Unseen(), sonde.ExampleGradients(probe, F.cross_entropy))
     coverage = next(note for note in run.notes if note["event"] == "coverage")["parameters"]
-    assert coverage["0.weight"] == "unsupported: there is no rule for ConvTranspose1d"
-    assert coverage["2.weight"] == "exact"
+    assert coverage["hidden.weight"].startswith("unsupported: it ran without gradients")
+    assert coverage["out.weight"] == "exact"
 
 
 @pytest.mark.parametrize(
