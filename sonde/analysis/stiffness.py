@@ -89,13 +89,14 @@ def stiffness_matrices(gram: Real) -> tuple[Array, Array]:
     return sign, cosine
 
 
-def summarize(pairs: Array, labels: _Labels) -> Summary:
+def summarize(pairs: Array, labels: _Labels, classes: _Labels | None = None) -> Summary:
     """Average a pair matrix over classes.
 
     Args:
         pairs: One value per pair of examples, [examples, examples]. NaN pairs are left out; the
             diagonal is never used.
         labels: Class of each example, [examples].
+        classes: All classes, sorted; those of the examples if None.
 
     Returns:
         The class matrix and its means; NaN where there is no pair to average.
@@ -114,7 +115,8 @@ def summarize(pairs: Array, labels: _Labels) -> Summary:
             f"`labels` has shape {list(labels.shape)}; expected one for each of the "
             f"{len(pairs)} examples of `pairs`"
         )
-    classes, codes = np.unique(labels, return_inverse=True)
+    classes = np.unique(labels) if classes is None else classes
+    codes = np.searchsorted(classes, labels)
     membership: Array = np.eye(len(classes))[codes]
     counted = ~np.isnan(pairs)
     np.fill_diagonal(counted, False)
@@ -164,6 +166,8 @@ def stiffness(
         InvalidInputError: If `by` is none of these or lacks a class, or the source has no class
             labels.
 
+    Of the training itself each step has other examples, and classes without one are NaN.
+
     Example::
 
         result = sonde.analysis.stiffness(run)
@@ -171,7 +175,8 @@ def stiffness(
     """
     log = measure_log(run, "example_gradients", source)
     selected = select_steps(log, steps)
-    labels = None if by is None else _labels(log, by)
+    labels = {} if by is None else {step: _labels(log, by, step) for step in selected}
+    classes = np.unique(np.concatenate(list(labels.values()))) if labels else None
     num_examples, num_zero, num_nonfinite = 0, [], []
     summaries: dict[str, list[Summary]] = {kind: [] for kind in _KINDS}
     for step in selected:
@@ -180,9 +185,9 @@ def stiffness(
         squares = np.diagonal(gram)
         num_zero.append(int(np.count_nonzero(squares <= 0)))
         num_nonfinite.append(int(np.count_nonzero(~np.isfinite(squares))))
-        groups = np.zeros(num_examples, dtype=np.int64) if labels is None else labels
+        groups = labels.get(step, np.zeros(num_examples, dtype=np.int64))
         for kind, pairs in zip(_KINDS, stiffness_matrices(gram), strict=True):
-            summaries[kind].append(summarize(pairs, groups))
+            summaries[kind].append(summarize(pairs, groups, classes))
     diverged = [step for step, count in zip(selected, num_nonfinite, strict=True) if count]
     if diverged:
         warnings.warn(
@@ -191,7 +196,7 @@ def stiffness(
             RuntimeWarning,
             stacklevel=2,
         )
-    result = _dataset(selected, summaries, grouped=labels is not None)
+    result = _dataset(selected, summaries, grouped=by is not None)
     result["num_zero_gradients"] = ("step", num_zero)
     result["num_nonfinite_gradients"] = ("step", num_nonfinite)
     result.attrs = {
@@ -218,8 +223,9 @@ def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | i
             for name, kind in kinds.items()
             if name.startswith(owned) and "." not in name.removeprefix(owned)
         }
-    included = [name for name, kind in kinds.items() if kind == "exact"]
-    left_out = [f"{name} ({kind})" for name, kind in kinds.items() if kind != "exact"]
+    given = ("exact", "fallback")
+    included = [name for name, kind in kinds.items() if kind.startswith(given)]
+    left_out = [f"{name} ({kind})" for name, kind in kinds.items() if not kind.startswith(given)]
     return {
         "parameters": ", ".join(included) if kinds else "not stated in the log",
         "parameters_left_out": ", ".join(left_out),
@@ -228,8 +234,8 @@ def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | i
     }
 
 
-def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str) -> _Labels:
-    """Group the examples of a source.
+def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str, step: int) -> _Labels:
+    """Group the examples of a record.
 
     Raises:
         InvalidInputError: If `by` is not valid for this source, or it has no class labels.
@@ -238,7 +244,7 @@ def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str) -> _Labels:
         raise InvalidInputError(
             f"`by` (='{by}') must be 'class', a mapping from class to superclass, or None"
         )
-    targets: _Labels | None = log.targets
+    targets: _Labels | None = log.targets_at(step)
     where = f"source '{log.source}' of run '{log.run.name}'"
     if targets is None:
         raise InvalidInputError(f"{where} has no targets; pass by=None")

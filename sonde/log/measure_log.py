@@ -91,6 +91,18 @@ class MeasureLog:
         """The targets of the examples, [examples], or None if the source has none."""
         return self.table("target") if "target" in self._table_fields() else None
 
+    def targets_at(self, step: int = -1) -> npt.NDArray[Any] | None:
+        """Return the targets of the examples of one record; None if they are not known.
+
+        A training has other examples at each step, a probe always the same.
+
+        Raises:
+            StepNotFoundError: If the step was not recorded.
+        """
+        if "target" in self.fields():
+            return self.array("target", step)
+        return self.targets
+
     @property
     def num_bytes(self) -> int:
         """The bytes of all arrays of all records."""

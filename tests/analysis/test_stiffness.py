@@ -1,4 +1,5 @@
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from sonde.analysis import stiffness
 from sonde.analysis.stiffness import stiffness_matrices, summarize
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
-from sonde.log import Run
+from sonde.log import LogArray, LogWriter, Run, open_run
+from sonde.log.layout import write_run_file
 
 Array = npt.NDArray[np.float64]
 WriteRun = Callable[[Mapping[int, Mapping[str, Array]], npt.NDArray[Any] | None], Run]
@@ -252,3 +254,27 @@ def test_classes_need_one_label_per_example(
 def test_an_unknown_layer_is_refused(run: Run) -> None:
     with pytest.raises(LayerNotFoundError, match=r"'fc9'.*conv, fc"):
         stiffness(run, layer="fc9")
+
+
+def test_each_step_of_a_training_has_examples_and_classes_of_its_own(tmp_path: Path) -> None:
+    labels = {0: np.array([0, 0, 1, 1, 1, 0, 1, 0]), 10: np.array([2, 2, 0, 0, 0, 2, 2, 0])}
+    dims = ("example", "other_example")
+    write_run_file(tmp_path, {"measures": []})
+    writer = LogWriter(tmp_path, seal=False)
+    for step, targets in labels.items():
+        arrays = [
+            LogArray("gram_total", _gram(step), dims),
+            LogArray("target", targets, ("example",)),
+        ]
+        writer.append("example_gradients", "training", step, arrays)
+    writer.close()
+    result = stiffness(open_run(tmp_path))
+    assert list(result["class"]) == [0, 1, 2]
+    for step, targets in labels.items():
+        classes = np.unique(targets)
+        expected = _slow_class_matrix(_gradients(step), targets, sign=False)
+        matrix = result.cosine_matrix.sel(step=step)
+        np.testing.assert_allclose(
+            matrix.sel({"class": classes, "other_class": classes}), expected, atol=1e-12
+        )
+        assert np.isnan(matrix).sum() == 5
