@@ -278,6 +278,8 @@ class LiveGradients(Observation):
             self._use(seen)
         found = self._gradients[tensor]
         parts, found.parts = found.parts, defaultdict(list)
+        if not parts and found.held:
+            return  # Of a pass that is not recorded, as the weights had changed.
         total: Tensor | None = None
         for micro_batch, of_micro_batch in parts.items():
             factor = summed(of_micro_batch)

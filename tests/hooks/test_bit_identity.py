@@ -125,7 +125,11 @@ def probe_measures(task: Task) -> list[Measure]:
 
 MEASURES: dict[str, Callable[[Task], list[Measure]]] = {
     "on a probe": probe_measures,
-    "of the training": lambda _: [sonde.Activations(TRAINING), sonde.OutputGradients(TRAINING)],
+    "of the training": lambda _: [
+        sonde.Activations(TRAINING),
+        sonde.OutputGradients(TRAINING),
+        sonde.ExampleGradients(TRAINING),
+    ],
 }
 
 
