@@ -212,6 +212,33 @@ class MeasureLog:
         product: npt.NDArray[np.float64] = features @ features.T
         return product
 
+    def cross_gram(
+        self, step: int, other_step: int, layer: str | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Return the inner products between the examples of two steps, such as of their gradients.
+
+        It takes a store that keeps rows: `Full`, or `Sketch`, whose projection is the same at every
+        step, so that the inner products are unbiased estimates.
+
+        Args:
+            step: The step of the rows; negative numbers count from the end.
+            other_step: The step of the columns.
+            layer: The layer; None is the sum over all layers, where the measure has sketches.
+
+        Returns:
+            float64 [examples, examples of the other step].
+
+        Raises:
+            StepNotFoundError: If a step was not recorded.
+            LayerNotFoundError: If the record has no such layer, or keeps only Gram matrices.
+        """
+        rows, columns = (
+            (self.array("sketch_total", at) if layer is None else self.features(layer, at))
+            for at in (step, other_step)
+        )
+        product: npt.NDArray[np.float64] = rows.astype(np.float64) @ columns.astype(np.float64).T
+        return product
+
     def gram_blocks(self, layer: str, step: int = -1) -> list[npt.NDArray[np.float64]]:
         """Return the Gram matrix of a layer by blocks of examples: one, unless only some were kept.
 

@@ -336,3 +336,31 @@ def test_half_precision_under_autocast_adds_up_within_its_tolerance(tmp_path: Pa
     run = record(tmp_path / "run", model, inputs, targets, sizes=[N], forward=forward)
     assert_covered(run)
     assert_close(run.example_gradients.gram(step=0), exact @ exact.T, tolerance=0.05)
+
+
+def test_gradients_of_two_steps_have_inner_products(tmp_path: Path) -> None:
+    inputs, targets = images()
+    probe = sonde.Probe(inputs.double(), targets)
+    exact = []
+    for store in (sonde.Full(torch.float64), sonde.Sketch(20000)):
+        model = conv().double()
+        measure = sonde.ExampleGradients(probe, F.cross_entropy, store=store)
+        path = tmp_path / type(store).__name__
+        recorder = sonde.Recorder(path, model, [measure], when=sonde.every(1))
+        for _ in range(2):
+            if isinstance(store, sonde.Full):
+                exact.append(alone(model, inputs.double(), targets))
+            recorder.measure()
+            with torch.no_grad():
+                model.get_parameter("4.weight").add_(0.1)
+            recorder.step()
+        recorder.close()
+        log = sonde.open_run(path).example_gradients
+        if isinstance(store, sonde.Full):
+            names = [name for name, _ in model.named_parameters()]
+            actual = sum(log.cross_gram(0, 1, name) for name in names)
+            np.testing.assert_allclose(actual, exact[0] @ exact[1].T, rtol=1e-8, atol=1e-10)
+        else:
+            scale = float((exact[0] @ exact[1].T).abs().max())
+            estimate = log.cross_gram(0, 1)
+            np.testing.assert_allclose(estimate, exact[0] @ exact[1].T, atol=0.05 * scale)
