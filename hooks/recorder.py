@@ -7,11 +7,7 @@ any training.
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,22 +17,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sonde.exceptions import InvalidInputError, SondeWarning
+from sonde.exceptions import InvalidInputError
 from sonde.log import LogWriter
 from sonde.log.appender import Sync
-from sonde.sizes import size_text
 
 from . import closing
-from .environment import describe_model, environment, process_rank
+from .before_training import agree, check_arguments, check_size, describe, now
+from .environment import environment, process_rank
 from .estimate import Estimate, estimate
-from .host_copies import wait_for_copies
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .measures.scalars import latest_numbers
+from .record_log import RecordLog
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
-from .sharding import agree_on_sources, has_sharded_parameters, is_distributed
 from .sources import check_names, name_probes
 from .training import Batch, BatchContext, make_batch
 
@@ -72,8 +67,6 @@ class Recorder:
     Attributes:
         num_steps: Completed optimizer steps.
         num_epochs: Completed epochs.
-        num_records: How many records this process has taken.
-        num_bytes: How many bytes their arrays have.
 
     Raises:
         InvalidInputError: If an argument does not fit the model or the others, or a step would
@@ -105,26 +98,22 @@ class Recorder:
         self.path = Path(path)
         self.num_steps = 0
         self.num_epochs = 0
-        self.num_records = 0
-        self.num_bytes = 0
         self._epoch_step = 0
         self._subject = Subject(unwrap(model))
         self._measures = list(measures)
         self._when = log_spaced() if when is None else when
         self._steps_per_epoch = steps_per_epoch
         self._on_error = on_error
-        self._check(measures)
+        check_arguments(measures, on_error, steps_per_epoch)
         name_probes(self._measures)
         check_names(self._measures)
         for measure in self._measures:
             measure.check(self._subject.model)
         rank, num_ranks = process_rank(os.environ)
-        self._agree(num_ranks)
-        self._check_size(max_step_bytes)
+        agree(self._measures, self._subject.model, num_ranks)
+        check_size(self.estimate(), max_step_bytes)
         self._done: dict[Measure, int] = {}
         self._recorded_before: set[Measure] = set()  # At the step of the checkpoint.
-        self._facts: dict[tuple[str, str, str], Any] = {}
-        self._warned: set[str] = set()
         self._ends: list[Callable[[], None]] = []
         self._is_closed = False
         self._has_started = False
@@ -141,9 +130,11 @@ class Recorder:
         about = environment()
         if resume and overwrite:
             raise InvalidInputError("give `resume` or `overwrite`, not both")
-        description = self._describe(config, about)
+        description = describe(
+            self.path, self._measures, self._when, self._subject.model, config, about
+        )
         attempt = create_run(self.path, description, rank, resume=resume, overwrite=overwrite)
-        self._writer = LogWriter(
+        writer = LogWriter(
             self.path,
             attempt=attempt,
             rank=rank,
@@ -152,18 +143,29 @@ class Recorder:
                 # Not known yet, until a checkpoint is loaded or the first step is counted.
                 "resume_step": None if resume else 0,
                 "records_nothing": len(self._silent) == len(self._measures),
-                "started": _now(),
+                "started": now(),
                 "hostname": about["hostname"],
             },
             sync=sync,
             queue_bytes=queue_bytes,
             block=block,
         )
+        self._log = RecordLog(writer)
         closing.register(self)
         for source, (table, about_source) in tables.items():
             if table:
-                self._writer.add_table(source, table, about_source)
+                writer.add_table(source, table, about_source)
         self._begin_live(0)
+
+    @property
+    def num_records(self) -> int:
+        """How many records this process has taken."""
+        return self._log.num_records
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes their arrays have."""
+        return self._log.num_bytes
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Recorder:
         """Count the steps of an optimizer, and measure after those that are due.
@@ -325,7 +327,7 @@ class Recorder:
             except Exception as error:
                 if self._on_error == "raise":
                     raise
-                self._warn(f"recorder.batch() is ignored: {error}", once="batch")
+                self._log.warn(f"recorder.batch() is ignored: {error}", once="batch")
         return BatchContext(None, Batch(), None)
 
     @property
@@ -336,9 +338,9 @@ class Recorder:
 
     def warn(self, message: str) -> None:
         """Warn once of something that cannot be recorded, and note it in the log; raise nothing."""
-        if message not in self._warned and not self._is_closed:
-            self._writer.note("missed", self.num_steps, reason=message)
-        self._warn(message)
+        if not self._log.has_warned(message) and not self._is_closed:
+            self._log.note("missed", self.num_steps, reason=message)
+        self._log.warn(message)
 
     def state_dict(self, *, sync: bool = True) -> dict[str, Any]:
         """Return what a checkpoint has to hold for the recording to go on from it.
@@ -391,7 +393,7 @@ class Recorder:
             self._live.stop()  # Of step 0, before it was known where this goes on.
         self._epoch_step = state.get("epoch_step", 0)
         self._subject.scalars.update(state.get("scalars", {}))
-        self._writer.resume_at(self.num_steps + 1)
+        self._log.writer.resume_at(self.num_steps + 1)
         has_ended = self.num_epochs > 0 and self._epoch_step == self.num_steps
         epoch = self.num_epochs if has_ended else None
         self._recorded_before = {
@@ -401,7 +403,7 @@ class Recorder:
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
-        self._writer.sync()
+        self._log.writer.sync()
 
     def close(self, reason: str = "closed", timeout: float | None = None) -> None:
         """Write what is queued, seal the log, and let go of the optimizer; safe to call twice.
@@ -411,7 +413,7 @@ class Recorder:
             timeout: How many seconds to wait for the disk; None is no limit.
         """
         if self._is_closed:
-            self._writer.close(reason, timeout)  # Only waits.
+            self._log.writer.close(reason, timeout)  # Only waits.
             return
         self._is_closed = True
         if self._live is not None:
@@ -419,8 +421,8 @@ class Recorder:
         for end in self._ends:
             end()
         self._report_idle_schedules()
-        self._writer.close(reason, timeout)
-        self._warn_of_writer()
+        self._log.writer.close(reason, timeout)
+        self._log.warn_of_trouble()
         closing.forget(self)
 
     def __enter__(self) -> Recorder:
@@ -474,15 +476,15 @@ class Recorder:
             try:
                 if isinstance(seen, Exception):
                     raise seen
-                self._write(measure, seen)
+                self._keep(measure, seen)
             except Exception as error:
                 self._fail(measure, error)
-        self._warn_of_writer()
+        self._log.warn_of_trouble()
 
     def _state_start(self) -> None:
         if self._is_unstated:
             self._is_unstated = False
-            self._writer.resume_at(0)
+            self._log.writer.resume_at(0)
 
     def _take(self, measure: Measure) -> None:
         if self._is_closed or self._done.get(measure) == self.num_steps:
@@ -491,56 +493,21 @@ class Recorder:
         if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
             # A probe would be the first to run the model, and decide its initial weights.
             reason = "lazy layers have no parameters before the training's first forward pass"
-            self._writer.note("missed", self.num_steps, measures=[measure.name], reason=reason)
-            self._warn(f"{measure.name} was not taken at step {self.num_steps}: {reason}")
+            self._log.note("missed", self.num_steps, measures=[measure.name], reason=reason)
+            self._log.warn(f"{measure.name} was not taken at step {self.num_steps}: {reason}")
             return
         self._done[measure] = self.num_steps
         try:
             with nullcontext() if self._live is None else self._live.paused():
                 recording = measure.record(self._subject)
-            self._write(measure, recording)
+            self._keep(measure, recording)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error)
-        self._warn_of_writer()
+        self._log.warn_of_trouble()
 
-    def _write(self, measure: Measure, recording: Recording) -> None:
-        if measure in self._silent:
-            return
-        for event, facts in recording.notes.items():
-            key = (measure.name, measure.source, event)
-            if self._facts.get(key) != facts:
-                self._facts[key] = facts
-                self._writer.note(
-                    event, self.num_steps, measure=measure.name, source=measure.source, **facts
-                )
-        news = {}
-        for name, reason in recording.missing.items():
-            key = (measure.name, measure.source, f"missing {name}")
-            if self._facts.get(key) != reason:
-                self._facts[key] = news[name] = reason
-                self._writer.note(
-                    "missing",
-                    self.num_steps,
-                    measure=measure.name,
-                    source=measure.source,
-                    name=name,
-                    reason=reason,
-                )
-        if news:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in list(news.items())[:5])
-            more = f"; and {len(news) - 5} more" if len(news) > 5 else ""
-            self._warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
-        if recording.arrays:
-            wait_for_copies()
-            self.num_records += 1
-            self.num_bytes += sum(array.values.nbytes for array in recording.arrays)
-            self._writer.append(
-                measure.name,
-                measure.source,
-                self.num_steps,
-                recording.arrays,
-                recording.attributes,
-            )
+    def _keep(self, measure: Measure, recording: Recording) -> None:
+        if measure not in self._silent:
+            self._log.write(measure, recording, self.num_steps)
 
     def _fail(self, measure: Measure, error: Exception) -> None:
         """Switch a measure off; or raise what is wrong, to debug it."""
@@ -548,17 +515,13 @@ class Recorder:
             raise error
         self._measures.remove(measure)
         reason = f"{type(error).__name__}: {error}"
-        self._writer.note(
+        self._log.note(
             "disabled", self.num_steps, measure=measure.name, source=measure.source, reason=reason
         )
-        self._warn(
+        self._log.warn(
             f"{measure.name} of '{measure.source}' failed at step {self.num_steps} and is switched "
             f"off; the training goes on ({reason})"
         )
-
-    def _warn_of_writer(self) -> None:
-        if self._writer.problem is not None:
-            self._warn(self._writer.problem, once="writer")
 
     def _warn_of_missed_start(self) -> None:
         missed = [
@@ -573,8 +536,8 @@ class Recorder:
                 "step 0 was due, but the first call came after one step; call recorder.measure() "
                 "before the loop, or recorder.attach(optimizer)"
             )
-            self._writer.note("missed", 0, measures=missed, reason=reason)
-            self._warn(reason)
+            self._log.note("missed", 0, measures=missed, reason=reason)
+            self._log.warn(reason)
 
     def _report_idle_schedules(self) -> None:
         idle = [
@@ -588,81 +551,5 @@ class Recorder:
                 "end of each"
             )
             names = [measure.name for measure in idle]
-            self._writer.note("missed", self.num_steps, measures=names, reason=reason)
-            self._warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")
-
-    def _warn(self, message: str, once: str | None = None) -> None:
-        if (once or message) in self._warned:
-            return
-        self._warned.add(once or message)
-        try:
-            warnings.warn(f"sonde: {message}", SondeWarning, stacklevel=2)
-        except SondeWarning:
-            # The user turns warnings into errors; ours must not end the training.
-            print(f"sonde: {message}", file=sys.stderr)
-
-    def _check_size(self, max_step_bytes: int) -> None:
-        estimated = self.estimate()
-        if estimated.step_bytes > max_step_bytes:
-            raise InvalidInputError(
-                f"a step would write {size_text(estimated.step_bytes)}, more than `max_step_bytes` "
-                f"({size_text(max_step_bytes)}) allows:\n{estimated}\nTake fewer examples or "
-                "layers, store=Sketch() or Gram(block=…); or raise the limit"
-            )
-
-    def _check(self, measures: Sequence[Measure]) -> None:
-        if isinstance(measures, Measure) or not all(isinstance(m, Measure) for m in measures):
-            raise InvalidInputError(
-                f"`measures` must be a list of measures, such as [sonde.Activations(probe)]; "
-                f"got {measures!r}"
-            )
-        if self._on_error not in ("warn", "raise"):
-            raise InvalidInputError(f"`on_error` (={self._on_error!r}) must be 'warn' or 'raise'")
-        if self._steps_per_epoch is not None and self._steps_per_epoch < 1:
-            raise InvalidInputError(f"`steps_per_epoch` (={self._steps_per_epoch}) must be >= 1")
-
-    def _agree(self, num_ranks: int) -> None:
-        """Let all ranks evaluate together what takes all of them.
-
-        Raises:
-            InvalidInputError: If they cannot talk to each other yet.
-            MismatchError: If they were given different measures.
-        """
-        is_sharded = has_sharded_parameters(self._subject.model)
-        sharded = [m for m in self._measures if m.is_sharded]
-        together = [m for m in self._measures if m.training is None] if is_sharded else sharded
-        if sharded and num_ranks > 1 and not is_distributed():
-            raise InvalidInputError(
-                f"{sharded[0].probe!r} is sharded, but the ranks cannot talk to each other yet; "
-                "make the recorder after torch.distributed.init_process_group()"
-            )
-        if together and is_distributed():
-            agree_on_sources(
-                [(m.name, m.source, m.probe.describe() if m.probe else {}) for m in together]
-            )
-
-    def _describe(
-        self, config: Mapping[str, Any] | None, about: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        probes = {m.source: m.probe.describe() for m in self._measures if m.probe is not None}
-        return {
-            "name": self.path.resolve().name,
-            "created": _now(),
-            "config": json.loads(json.dumps(dict(config or {}), default=str)),
-            "measures": [
-                {
-                    "measure": measure.name,
-                    "source": measure.source,
-                    "when": repr(measure.when or self._when),
-                    **measure.describe(),
-                }
-                for measure in self._measures
-            ],
-            "probes": probes,
-            "model": describe_model(self._subject.model),
-            "environment": about,
-        }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            self._log.note("missed", self.num_steps, measures=names, reason=reason)
+            self._log.warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")

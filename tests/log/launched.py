@@ -147,7 +147,7 @@ class Training:
     def commit(self) -> None:
         """Wait until all that was recorded is committed or dropped."""
         if self.recorder is not None:
-            assert self.recorder._writer.flush(LIMIT_SECONDS)
+            assert self.recorder._log.writer.flush(LIMIT_SECONDS)
 
 
 def main(errors: Path) -> None:

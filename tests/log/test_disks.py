@@ -187,7 +187,7 @@ def delete_run(run: str) -> None:
     shutil.rmtree(run)
     training.train(5)
     assert training.recorder is not None
-    assert training.recorder._writer._appender._lost.num_records == 5
+    assert training.recorder._log.writer._appender._lost.num_records == 5
 
 
 def test_deleted_run_stays_deleted(tmp_path: Path, launch: Launch, counts: Counter[str]) -> None:

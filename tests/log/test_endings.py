@@ -83,7 +83,7 @@ def terminate_while_closing(training: Training) -> None:
     if training.recorder is None:
         kill_me(signal.SIGTERM)
         return
-    appender = training.recorder._writer._appender
+    appender = training.recorder._log.writer._appender
     store = appender.store
 
     def store_and_terminate(pending: Any) -> None:
@@ -161,7 +161,7 @@ def end(ending: str, run: str) -> None:
     """Take some steps, whose records are still on their way when the training ends."""
     training = Training(Path(run) if run else None, seal=ending in SEALED)
     if training.recorder is not None:
-        appender = training.recorder._writer._appender
+        appender = training.recorder._log.writer._appender
         store = appender.store
 
         def store_slowly(pending: Any) -> None:
