@@ -59,6 +59,8 @@ class Layout:
     def axis(self) -> int | None:
         """The axis of the examples, 0 or 1; None if each has several rows, [n · k, …].
 
+        Of two axes the second one holds features, even where there are as many.
+
         Raises:
             UnsupportedError: If no axis has their number.
         """
@@ -67,7 +69,7 @@ class Layout:
             return 1 if len(shape) > 2 else None
         if shape and shape[0] == n:
             return 0
-        if len(shape) > 1 and shape[1] == n:
+        if len(shape) > 2 and shape[1] == n:
             return 1
         if shape and shape[0] and shape[0] % n == 0:
             return None
@@ -92,11 +94,12 @@ class Layout:
         """Return values [n · k, channels, …] as [n, k, channels, …], at least float32.
 
         Raises:
-            UnsupportedError: If the examples are on another axis.
+            UnsupportedError: If axis 0 does not hold the examples.
         """
-        if self.axis == 1:
-            raise UnsupportedError("the examples are on axis 1, which holds the channels")
-        return cast(Tensor, widened(values).unflatten(0, (self.num_examples, -1)))
+        n = self.num_examples
+        if len(values) % n or self.is_time_first:
+            raise UnsupportedError(f"axis 0 of {list(values.shape)} is not the batch of {n}")
+        return cast(Tensor, widened(values).unflatten(0, (n, -1)))
 
 
 def widened(values: Tensor) -> Tensor:
