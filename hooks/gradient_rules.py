@@ -93,18 +93,23 @@ def _as_is(source: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Unfolding:
-    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions]."""
+    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions].
+
+    Of a transposed one these are patches of its output, whose padding may leave room for more than
+    the `num_positions` of its input along each axis.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    num_positions: tuple[int, ...] | None = None
 
     def __call__(self, source: Tensor) -> Tensor:
         maps = source.flatten(0, 1)
         is_pointwise = all(size == 1 for size in (*self.kernel, *self.stride))
-        if is_pointwise and not any(self.padding):
+        if is_pointwise and not any(self.padding) and self.num_positions is None:
             patches = maps.flatten(2)
         else:
             patches = self._patches(maps)
@@ -120,6 +125,8 @@ class _Unfolding:
             span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
             patches = patches.unfold(2 + axis, span, self.stride[axis])
             patches = patches[..., :: self.dilation[axis]]
+            if self.num_positions is not None:
+                patches = patches.narrow(2 + axis, 0, self.num_positions[axis])
         # [n, channels, *positions, *kernel] -> [n, channels · kernel, positions]
         kernel_axes = range(2 + num_axes, 2 + 2 * num_axes)
         patches = patches.permute(0, 1, *kernel_axes, *range(2, 2 + num_axes))
@@ -228,6 +235,7 @@ def _conv_transpose(
         _sizes(padding, num_axes),
         _sizes(dilation, num_axes),
         groups,
+        tuple(input.shape[2:]) if any(_sizes(output_padding, num_axes)) else None,
     )
     maps = input.detach()
     num_inputs = math.prod(weight.shape[1:])

@@ -109,6 +109,12 @@ def test_convolutions(case: tuple[nn.Module, Tensor], loss: Loss) -> None:
     check_exact(*case, loss, batch_size=4)
 
 
+@SETTINGS
+@given(convolutions(is_transposed=True), LOSSES)
+def test_transposed_convolutions(case: tuple[nn.Module, Tensor], loss: Loss) -> None:
+    check_exact(*case, loss, batch_size=4)
+
+
 def test_a_convolution_that_is_formed_at_once() -> None:
     torch.manual_seed(0)
     check_exact(nn.Conv2d(8, 8, 3, padding=1, dilation=2), torch.randn(5, 8, 10, 10))
