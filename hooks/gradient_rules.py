@@ -300,8 +300,8 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> list[Weight]:
-    if scale_grad_by_freq or mode == "max":
-        raise UnsupportedError(f"mode={mode!r}, scale_grad_by_freq={scale_grad_by_freq}")
+    if scale_grad_by_freq:
+        raise UnsupportedError("scale_grad_by_freq makes a gradient depend on the other examples")
     num_rows = len(weight)
     rows, scales = input, per_sample_weights
     if offsets is not None:
@@ -310,14 +310,28 @@ def _embedding_bag(
 
     def of_weight(deltas: Deltas) -> Factor:
         delta = widened(deltas[0])
-        factors = (rows >= 0).to(delta.dtype)
-        if mode == "mean":
-            factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
-        if scales is not None:
-            factors = factors * scales.detach()
-        return Rows(rows, delta[:, None] * factors[..., None], num_rows)
+        is_there = rows >= 0
+        if mode == "max":
+            values = delta[:, None] * _first_of_largest(weight.detach()[rows], is_there)
+        else:
+            factors = is_there.to(delta.dtype)
+            if mode == "mean":
+                factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
+            if scales is not None:
+                factors = factors * scales.detach()
+            values = delta[:, None] * factors[..., None]
+        n = layout.num_examples
+        first, positions = layout.batch_first(rows), layout.batch_first(values)
+        return Rows(first.reshape(n, -1), positions.reshape(n, -1, delta.shape[-1]), num_rows)
 
     return [Weight(weight, of_weight)]
+
+
+def _first_of_largest(values: Tensor, is_there: Tensor) -> Tensor:
+    """Return 1 at the largest value of each bag and feature, else 0; [bags, longest, features]."""
+    apart = values.masked_fill(~is_there[..., None], -math.inf)
+    largest = torch.zeros_like(values).scatter_(1, apart.argmax(1, keepdim=True), 1)
+    return largest * is_there[..., None]
 
 
 def _bags(

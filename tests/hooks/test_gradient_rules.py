@@ -153,6 +153,57 @@ def test_embeddings(options: dict[str, Any], positions: list[int], n: int, seed:
     check_exact(nn.Embedding(6, 4, **options), torch.randint(0, 6, (n, *positions)))
 
 
+class Bags(nn.Module):
+    """A bag per example, as rows or one behind the other, with a scale of each token."""
+
+    def __init__(self, bag: nn.EmbeddingBag, *, offsets: bool, scaled: bool) -> None:
+        super().__init__()
+        self.bag, self.offsets, self.scaled = bag, offsets, scaled
+
+    def forward(self, tokens: Tensor, scales: Tensor, lengths: Tensor) -> Tensor:
+        given = scales if self.scaled else None
+        if not self.offsets:
+            return torch.as_tensor(self.bag(tokens, per_sample_weights=given))
+        is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
+        ends = lengths.cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends])
+        if not self.bag.include_last_offset:
+            offsets = offsets[:-1]
+        given = None if given is None else given[is_there]
+        return torch.as_tensor(self.bag(tokens[is_there], offsets, given))
+
+
+@SETTINGS
+@given(
+    st.fixed_dictionaries(
+        {
+            "mode": st.sampled_from(["sum", "mean", "max"]),
+            "padding_idx": st.sampled_from([None, 2, -1]),
+            "max_norm": st.sampled_from([None, 0.5]),
+            "include_last_offset": st.booleans(),
+        }
+    ),
+    st.booleans(),
+    st.booleans(),
+    NUMS,
+    SEEDS,
+)
+def test_embedding_bags(
+    options: dict[str, Any], offsets: bool, scaled: bool, n: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    scaled = scaled and options["mode"] == "sum"
+    options["include_last_offset"] &= offsets
+    bag = nn.EmbeddingBag(6, 4, **options)
+    inputs = (torch.randint(0, 6, (n, 4)), torch.randn(n, 4), torch.randint(0, 5, (n,)))
+    check_exact(Bags(bag, offsets=offsets, scaled=scaled), inputs, batch_size=3)
+
+
+def test_several_embedding_bags_per_example() -> None:
+    torch.manual_seed(0)
+    check_exact(Rowwise(nn.EmbeddingBag(6, 4)), torch.randint(0, 6, (3, 2, 5)))
+
+
 @st.composite
 def norms(draw: Any) -> tuple[nn.Module, Tensor]:
     channels, axes = 2 * draw(st.integers(1, 2)), draw(st.integers(1, 3))
