@@ -190,18 +190,19 @@ def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]
     if isinstance(use.tensor, nn.Parameter):
         return [(use.tensor, factor)]
     parameters = list(use.parameters)
-    row_bytes = max(1, use.tensor.nbytes) * (factor.num_examples if use.is_by_row else 1)
+    row_bytes = max(1, use.tensor.nbytes) * (1 if use.row_axis is None else factor.num_examples)
     size = max(1, _CHAIN_BYTES // row_bytes)
     found: list[list[Tensor]] = [[] for _ in parameters]
     for start in range(0, factor.num_examples, size):
         rows = slice(start, min(start + size, factor.num_examples))
         formed = factor.form(rows)
         shape = use.tensor.shape
-        if use.is_by_row:
+        if use.row_axis is not None:
             # The gradient of an example is in its own row of the tensor, and zero in the others.
             outer = formed.new_zeros(len(formed), *shape)
+            by_row = outer.movedim(1 + use.row_axis, 1)
             example = torch.arange(len(formed), device=formed.device)
-            outer[example, rows.start + example] = formed.unflatten(1, shape[1:])
+            by_row[example, rows.start + example] = formed.reshape(-1, *by_row.shape[2:])
             formed = outer
         with torch.enable_grad():
             gradients = torch.autograd.grad(

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factors import Dense, Factor, Outer, Rows
 from .layouts import Deltas, Layout, UnsupportedError, Weight, widened
@@ -343,8 +343,10 @@ def _bags(
     sizes = ends - starts
     column = torch.arange(max(1, int(sizes.max())), device=indices.device)
     is_there = column < sizes[:, None]
-    at = (starts[:, None] + column).clamp(max=max(0, len(indices) - 1))
-    return indices[at].masked_fill(~is_there, -1), None if scales is None else scales[at]
+    at = (starts[:, None] + column).clamp(max=len(indices))
+    # One more, where bags that end early may look.
+    rows = F.pad(indices, (0, 1))[at].masked_fill(~is_there, -1)
+    return rows, None if scales is None else F.pad(scales, (0, 1))[at]
 
 
 def _layer_norm(
@@ -492,47 +494,50 @@ def _mul(layout: Layout, input: Any, other: Any, *, out: None = None) -> list[We
 
 def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -> Weight:
     """Return the operand of an elementwise operation, whose gradient is summed to its shape."""
+    if not isinstance(tensor, Tensor):
+        return Weight(None, lambda deltas: Dense(deltas[0]))
+    axis, num_axes = layout.axis, len(layout.shape)
+    sizes = (1,) * (num_axes - tensor.ndim) + tuple(tensor.shape)
+    row_axis = None if axis is None else _row_axis(layout, tensor, axis)
 
     def factor(deltas: Deltas) -> Factor:
-        delta = local(widened(deltas[0]))
-        if layout.axis != 0:
-            raise UnsupportedError("the examples are not on axis 0 of its output")
-        missing = delta.ndim - tensor.ndim
-        if missing < 1 and not is_by_row and tensor.shape[0] != 1:
+        if axis is None or (row_axis is None and sizes[axis] != 1):
             raise UnsupportedError("it has no place for the examples")
-        shape = (len(delta), *tensor.shape[0 if missing else 1 :])
-        positions = range(1, delta.ndim)
-        wanted = (1,) * (missing - 1) + tuple(tensor.shape) if missing else tensor.shape[1:]
-        summed = [
-            axis
-            for axis, size in zip(positions, wanted, strict=True)
-            if size == 1 and delta.shape[axis] > 1
-        ]
-        return Dense((delta.sum(summed) if summed else delta).reshape(shape))
+        delta = local(widened(deltas[0])).movedim(axis, 0)
+        positions = [size for at, size in enumerate(sizes) if at != axis]
+        summed = [at for at, size in enumerate(positions, 1) if size == 1]
+        return Dense((delta.sum(summed) if summed else delta).reshape(len(delta), -1))
 
-    n, num_axes = layout.num_examples, len(layout.shape)
-    is_by_row = isinstance(tensor, Tensor) and tensor.ndim == num_axes and tensor.shape[0] == n > 1
-    return Weight(tensor, factor, is_by_row)
+    return Weight(tensor, factor, row_axis)
+
+
+def _row_axis(layout: Layout, tensor: Tensor, axis: int) -> int | None:
+    """Return the axis of a tensor that is an axis of the output with a row for each example."""
+    own = axis - (len(layout.shape) - tensor.ndim)
+    # A parameter itself may be as long as the batch by chance; it has no rows of examples.
+    is_computed = not isinstance(tensor, nn.Parameter)
+    n = layout.num_examples
+    return own if own >= 0 and is_computed and tensor.shape[own] == n > 1 else None
 
 
 def _cat(layout: Layout, tensors: Sequence[Tensor], dim: int = 0) -> list[Weight]:
     axis = dim % tensors[0].ndim
-    if axis == 0 or layout.axis != 0:
+    if layout.axis is None or axis == layout.axis:
         raise UnsupportedError("examples are put behind each other")
     weights = []
     start = 0
     for tensor in tensors:
         part = (start, tensor.shape[axis])
         start += tensor.shape[axis]
-        weights.append(_part_of(tensor, axis, part))
+        weights.append(_part_of(tensor, layout.axis, axis, part))
     return weights
 
 
-def _part_of(tensor: Tensor, axis: int, part: tuple[int, int]) -> Weight:
+def _part_of(tensor: Tensor, row_axis: int, axis: int, part: tuple[int, int]) -> Weight:
     def factor(deltas: Deltas) -> Factor:
-        return Dense(widened(deltas[0]).narrow(axis, *part))
+        return Dense(widened(deltas[0]).narrow(axis, *part).movedim(row_axis, 0))
 
-    return Weight(tensor, factor, is_by_row=True)
+    return Weight(tensor, factor, row_axis)
 
 
 def replayed(
@@ -548,16 +553,18 @@ def replayed(
     """
     n = layout.num_examples
     held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
-    is_by_row = tensor.ndim > 0 and layout.axis == 0 and len(tensor) == n > 1
+    is_by_row = tensor.ndim == len(layout.shape) and layout.axis == 0
+    row_axis = _row_axis(layout, tensor, 0) if is_by_row else None
 
     def is_batched(x: Tensor) -> bool:
-        return x.ndim > 0 and len(x) == n and (x is not tensor or is_by_row)
+        return x.ndim > 0 and len(x) == n and (x is not tensor or row_axis == 0)
 
     def factor(deltas: Deltas) -> Factor:
         if layout.axis != 0:
             raise UnsupportedError("the examples are not on axis 0 of its output")
         leaves: list[Tensor] = []
         _map(held, leaves.append)
+        reached = [index for index, delta in enumerate(deltas) if delta is not None]
 
         def gradient(delta: list[Tensor], rows: list[Tensor]) -> Tensor:
             alone = [
@@ -573,7 +580,7 @@ def replayed(
                 outputs = func(*replayed_args, **replayed_kwargs)
                 found: list[Tensor] = []
                 _map(outputs, found.append)
-                return found
+                return [found[index] for index in reached]
 
             backward = torch.func.vjp(run, alone[at])[1]
             return cast(Tensor, backward([d[None] for d in delta])[0])
@@ -583,10 +590,10 @@ def replayed(
         with warnings.catch_warnings(), torch.enable_grad():
             # A slow path within vmap is still a path.
             warnings.simplefilter("ignore")
-            values = torch.vmap(gradient, (0, dims))(list(deltas), rows)
+            values = torch.vmap(gradient, (0, dims))([deltas[at] for at in reached], rows)
         return Dense(widened(values.detach()))
 
-    return Weight(tensor, factor, is_by_row)
+    return Weight(tensor, factor, row_axis)
 
 
 def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:

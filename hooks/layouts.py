@@ -29,12 +29,13 @@ class Weight:
     Attributes:
         tensor: The argument; it may be anything, and is looked up among the parameters.
         factor: Makes its per-example gradients of those with respect to the outputs.
-        is_by_row: It has a row for each example, and an example's gradient is in its own.
+        row_axis: The axis along which it has a row for each example, whose gradient is in its own
+            row; None where it has none.
     """
 
     tensor: Any
     factor: Callable[[Deltas], Factor]
-    is_by_row: bool = False
+    row_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Layout:
         couplings: What makes gradients of an example depend on the others; rules add to it.
         unsorted: How to bring the examples of a packed sequence into their order.
         is_time_first: The examples are the second axis, or the inner one of [t · n, …].
+        are_apart: The outputs have places of their own in the graph, so that the gradient with
+            respect to one may have come through another.
     """
 
     num_examples: int
@@ -54,6 +57,7 @@ class Layout:
     couplings: list[str] = field(default_factory=list)
     unsorted: Tensor | None = None
     is_time_first: bool = False
+    are_apart: bool = False
 
     @property
     def axis(self) -> int | None:

@@ -45,13 +45,14 @@ class Use:
         tensor: The parameter, or what was computed.
         parameters: The parameters it was computed from.
         factor: Makes the gradients with respect to the tensor of those to the outputs.
-        is_by_row: The tensor has a row for each example, and an example's gradient is in its own.
+        row_axis: The axis along which the tensor has a row for each example, whose gradient is in
+            its own row; None where it has none.
     """
 
     tensor: Tensor
     parameters: frozenset[nn.Parameter]
     factor: Callable[[Deltas], Factor]
-    is_by_row: bool = False
+    row_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -236,15 +237,22 @@ class ParameterUses(TorchFunctionMode):
             return
         name = getattr(func, "__name__", str(func))
         try:
-            shape = outputs[0].shape
             layout = Layout(
-                self.num_examples, shape, self.couplings, self._unsorted, self._is_time_first
+                self.num_examples,
+                outputs[0].shape,
+                self.couplings,
+                self._unsorted,
+                self._is_time_first,
+                are_apart=len({out.grad_fn for out in outputs}) > 1,
             )
             uses = list(self._uses(func, args, kwargs, layout, wanted))
-        except UnsupportedError as reason:
+        except Exception as error:  # Whatever a rule makes of a call, it is the reason.
+            reason = f"{name}: {error}"
+            if not isinstance(error, UnsupportedError):
+                reason = f"{name} fails: {type(error).__name__}: {error}"
             for tensor in wanted.values():
                 for parameter in self._roots[id(tensor)]:
-                    self.problems.setdefault(parameter, f"{name}: {reason}")
+                    self.problems.setdefault(parameter, reason)
             return
         others = [t for t in _tensors((args, kwargs)) if id(t) not in self._roots]
         versions = [(t, t._version) for t in others if t.is_floating_point()]
@@ -272,11 +280,11 @@ class ParameterUses(TorchFunctionMode):
                 if id(weight.tensor) in wanted:
                     found.add(id(weight.tensor))
                     parameters = self._roots[id(weight.tensor)]
-                    yield Use(weight.tensor, parameters, weight.factor, weight.is_by_row)
+                    yield Use(weight.tensor, parameters, weight.factor, weight.row_axis)
         for key, tensor in wanted.items():
             if key not in found:
                 weight = replayed(layout, func, args, kwargs, tensor)
-                yield Use(tensor, self._roots[key], weight.factor, weight.is_by_row)
+                yield Use(tensor, self._roots[key], weight.factor, weight.row_axis)
 
     def _tap(self, module: nn.Module, rule: ModuleRule) -> None:
         """Take the calls of a module whose type has a rule of its own."""
