@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from sonde.exceptions import InvalidInputError
 
 from .factors import Dense, Factor, summed
-from .layouts import UnsupportedError
+from .layouts import UnsupportedError, reason_of
 from .losses import Loss, example_losses
 from .parameter_uses import Operation, ParameterUses, Use
 from .probes import Inputs, call
@@ -140,8 +140,7 @@ def add_operation(
                 problems.setdefault(parameter, str(reason))
         except Exception as error:  # Whatever a user's operation makes fail, it is the reason.
             for parameter in use.parameters:
-                reason_text = f"{operation.name} fails: {type(error).__name__}: {error}"
-                problems.setdefault(parameter, reason_text)
+                problems.setdefault(parameter, f"{operation.name} fails: {reason_of(error)}")
 
 
 def root_of(output: Tensor) -> Tensor:
@@ -204,15 +203,31 @@ def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]
             example = torch.arange(len(formed), device=formed.device)
             by_row[example, rows.start + example] = formed.reshape(-1, *by_row.shape[2:])
             formed = outer
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                use.tensor,
-                parameters,
-                formed.reshape(len(formed), *shape).to(use.tensor.dtype),
-                retain_graph=True,
-                is_grads_batched=True,
-                materialize_grads=True,
-            )
+        formed = formed.reshape(len(formed), *shape).to(use.tensor.dtype)
+        gradients = _taken_on(use.tensor, parameters, formed)
         for part, gradient in zip(found, gradients, strict=True):
             part.append(gradient)
     return [(p, Dense(torch.cat(part))) for p, part in zip(parameters, found, strict=True)]
+
+
+def _taken_on(
+    tensor: Tensor, parameters: Sequence[nn.Parameter], gradients: Tensor
+) -> Sequence[Tensor]:
+    """Take gradients [n, *tensor] on to the parameters it was computed from, [n, *parameter]."""
+
+    def back(of_tensor: Tensor, is_batched: bool) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            tensor,
+            parameters,
+            of_tensor,
+            retain_graph=True,
+            is_grads_batched=is_batched,
+            materialize_grads=True,
+        )
+
+    with torch.enable_grad():
+        try:
+            return back(gradients, True)
+        except Exception:  # Not every backward pass can be batched, such as one that is sparse.
+            alone = [[g.to_dense() for g in back(row, False)] for row in gradients]
+            return [torch.stack(rows) for rows in zip(*alone, strict=True)]

@@ -18,6 +18,9 @@ Deltas: TypeAlias = Sequence[Any]
 """The gradients with respect to the outputs of an operation; None where none came back."""
 
 
+_REASON_LENGTH = 160
+
+
 class UnsupportedError(Exception):
     """Per-example gradients of a parameter cannot be given exactly; the text says why."""
 
@@ -109,6 +112,14 @@ class Layout:
 def widened(values: Tensor) -> Tensor:
     """Bring half precision to float32, as inner products need it."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong in one line; some errors of PyTorch have pages."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    text = text if len(text) <= _REASON_LENGTH else f"{text[:_REASON_LENGTH]}…"
+    return f"{type(error).__name__}: {text}"
 
 
 def remembered(function: Callable[[Any], Result]) -> Callable[[Any], Result]:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .factors import Factor
 from .gradient_rules import RULES, replayed
-from .layouts import Deltas, Layout, UnsupportedError
+from .layouts import Deltas, Layout, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
 from .taps import add_hook
 
@@ -249,7 +249,7 @@ class ParameterUses(TorchFunctionMode):
         except Exception as error:  # Whatever a rule makes of a call, it is the reason.
             reason = f"{name}: {error}"
             if not isinstance(error, UnsupportedError):
-                reason = f"{name} fails: {type(error).__name__}: {error}"
+                reason = f"{name} fails: {reason_of(error)}"
             for tensor in wanted.values():
                 for parameter in self._roots[id(tensor)]:
                     self.problems.setdefault(parameter, reason)

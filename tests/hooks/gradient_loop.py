@@ -69,16 +69,21 @@ def loop_gradients(
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
+def rows_of(gradients: dict[str, Tensor]) -> Tensor:
+    """The gradients of all parameters as one row per example."""
+    return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], 1)
+
+
 def assert_same_gradients(
     result: ExampleGradientResult, expected: dict[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
     """Each gradient agrees, relative to the norm of its example's gradient over all parameters."""
-    norms = torch.cat([g.flatten(1) for g in expected.values()], 1).norm(dim=1)
+    norms = rows_of(expected).norm(dim=1)
     assert list(result.parameters) == list(expected)
     for name, gradients in expected.items():
         actual = result.parameters[name].double()
         assert actual.shape == gradients.shape, name
-        error = (actual - gradients).flatten(1).norm(dim=1) / (norms + 1e-30)
+        error = rows_of({name: actual - gradients}).norm(dim=1) / (norms + 1e-30)
         assert float(error.max()) < tolerance, name
     assert float(((result.norms - norms).abs() / (norms + 1e-30)).max()) < tolerance
 
@@ -91,8 +96,8 @@ def assert_same_gram(
 ) -> None:
     """Inner products agree, relative to the norms of the two gradients."""
     assert gram is not None
-    rows = torch.cat([g.flatten(1) for g in expected.values()], 1)
-    columns = rows if others is None else torch.cat([g.flatten(1) for g in others.values()], 1)
+    rows = rows_of(expected)
+    columns = rows if others is None else rows_of(others)
     scale = rows.norm(dim=1)[:, None] * columns.norm(dim=1) + 1e-30
     assert gram.shape == scale.shape
     assert float(((gram - rows @ columns.T).abs() / scale).max()) < tolerance
