@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from .owned_parameters import OwnedParameter, owned_parameters
 from .probes import Probe, device_of, undisturbed
 from .select import Selector, select_layers
 from .stores import Full, Gram, Sketch, Store
+from .taps import tensor_leaves
 
 EXACT = "exact"
 
@@ -38,8 +39,18 @@ Problems: TypeAlias = dict[str, str]
 
 _Factors: TypeAlias = defaultdict[OwnedParameter, list[Factor]]
 
-# What was found for a model is not checked again.
-_verdicts: WeakKeyDictionary[nn.Module, tuple[set[str], Problems]] = WeakKeyDictionary()
+
+@dataclass
+class _Verdict:
+    """What was found for batches of some shapes: which parameters were checked, and problems."""
+
+    checked: set[str] = field(default_factory=set)
+    problems: Problems = field(default_factory=dict)
+
+
+# What was found for a model is not checked again, unless shapes or the loss are others: with as
+# many examples as time steps the batch is another axis, and a loss may use parameters, too.
+_verdicts: WeakKeyDictionary[nn.Module, dict[Hashable, _Verdict]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -88,8 +99,9 @@ def example_gradients(
 ) -> ExampleGradientResult:
     """Compute per-example gradients of a model, in eval mode; the model is left as it was.
 
-    Every parameter is held once against the gradients of two examples that are run alone. What no
-    rule covers, or does not pass, is given to `torch.func`; what that cannot transform is named.
+    For each shape of a batch, every parameter is held once against the gradients of two examples
+    that are run alone. What no rule covers, or does not pass, is given to `torch.func`; what that
+    cannot transform is named.
 
     Args:
         model: The model.
@@ -160,27 +172,40 @@ class _Evaluation:
         self._probes = probes
         self._store = store
         self._memory = memory
-        self._checked, self._problems = _verdicts.setdefault(model, (set(), {}))
+        self._verdicts = _verdicts.setdefault(model, {})
+        self._problems: Problems = {}
         self._unsupported: Problems = {}
 
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
         result = ExampleGradientResult()
-        kept = _Kept(self._store, [probe.num_examples for probe in self._probes])
         trained = []
         for parameter in parameters:
             if parameter.tensor.requires_grad:
                 trained.append(parameter)
             else:
                 result.coverage.update(dict.fromkeys(parameter.names, "frozen"))
-        remaining = trained
-        while remaining:
-            done = self._pass(remaining, kept)
-            remaining = [parameter for parameter in remaining if parameter not in done]
+        kept = self._kept_of(trained)
+        while kept.added & self._unsupported.keys():
+            # What turned out only in a later batch is in the sums already.
+            kept = self._kept_of(trained)
         for parameter in trained:
             result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
         kept.into(result, trained)
         return result
+
+    def _kept_of(self, trained: list[OwnedParameter]) -> _Kept:
+        """Return what the store keeps of all examples, but of parameters known as unsupported."""
+        kept = _Kept(self._store, [probe.num_examples for probe in self._probes])
+        remaining = [p for p in trained if p.name not in self._unsupported]
+        while remaining:
+            done = self._pass(remaining, kept)
+            remaining = [parameter for parameter in remaining if parameter not in done]
+        return kept
+
+    def _verdict(self, inputs: Any, num_examples: int) -> _Verdict:
+        shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(inputs))
+        return self._verdicts.setdefault((num_examples, shapes, id(self._loss)), _Verdict())
 
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
@@ -242,7 +267,9 @@ class _Evaluation:
         group: Sequence[OwnedParameter],
     ) -> dict[OwnedParameter, Factor]:
         """Compute the gradients of a batch: by rules, or by the fallback."""
-        by_rule = [p for p in group if p.name not in self._problems]
+        verdict = self._verdict(inputs, num_examples)
+        problems = verdict.problems
+        by_rule = [p for p in group if p.name not in problems]
         batch = BatchGradients(num_examples)
         if by_rule:
             batch = batch_gradients(
@@ -255,18 +282,19 @@ class _Evaluation:
             )
             for parameter in by_rule:
                 if parameter.tensor in batch.problems:
-                    self._problems[parameter.name] = batch.problems[parameter.tensor]
+                    problems[parameter.name] = batch.problems[parameter.tensor]
             unchecked = [
-                p for p in by_rule if p.tensor in batch.factors and p.name not in self._checked
+                p for p in by_rule if p.tensor in batch.factors and p.name not in verdict.checked
             ]
             if unchecked:
                 differ = differing(self._model, self._loss, probe, start, batch, unchecked)
-                self._checked.update(parameter.name for parameter in unchecked)
+                verdict.checked.update(parameter.name for parameter in unchecked)
                 for parameter in unchecked:
                     if parameter.tensor in differ:
-                        self._problems[parameter.name] = differ[parameter.tensor]
+                        problems[parameter.name] = differ[parameter.tensor]
         found = {p: batch.factors[p.tensor] for p in by_rule if p.tensor in batch.factors}
-        others = [p for p in group if p.name in self._problems and p.name not in self._unsupported]
+        others = [p for p in group if p.name in problems and p.name not in self._unsupported]
+        self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
         for parameter in others:
             found.pop(parameter, None)
         if others:
@@ -310,9 +338,11 @@ class _Kept:
         self._layers: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self._rows: dict[OwnedParameter, list[Tensor]] = defaultdict(list)
+        self.added: set[str] = set()
 
     def add_grams(self, parameter: OwnedParameter, factors: list[Factor]) -> None:
         """Add the inner products of the gradients of a parameter."""
+        self.added.add(parameter.name)
         if len(factors) > 1:
             products = factors[0].cross(factors[1])
             squares = factors[0].squared_norms()
@@ -324,6 +354,7 @@ class _Kept:
 
     def add_rows(self, parameter: OwnedParameter, factor: Factor, start: int) -> None:
         """Add the gradients of a parameter, of some examples."""
+        self.added.add(parameter.name)
         squares = torch.zeros(self._sizes[0], dtype=torch.float64)
         for rows, formed in factor.blocks():
             at = slice(start + rows.start, start + rows.stop)
