@@ -102,7 +102,10 @@ def batch_gradients(
         else:
             reason = "it was never used in the forward pass"
             if parameter in uses.without_gradients:
-                reason = "it ran without gradients: under no_grad, or in a reentrant checkpoint"
+                reason = (
+                    "it ran without gradients: under no_grad, in a reentrant checkpoint, or in an "
+                    "autograd function, for which `sonde.gradient_rule` takes a rule"
+                )
             result.problems.setdefault(parameter, reason)
     return result
 
