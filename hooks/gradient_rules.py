@@ -496,17 +496,19 @@ def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -
     """Return the operand of an elementwise operation, whose gradient is summed to its shape."""
     if not isinstance(tensor, Tensor):
         return Weight(None, lambda deltas: Dense(deltas[0]))
-    axis, num_axes = layout.axis, len(layout.shape)
-    sizes = (1,) * (num_axes - tensor.ndim) + tuple(tensor.shape)
-    row_axis = None if axis is None else _row_axis(layout, tensor, axis)
+    # Without an axis of their own the examples are the outer part of the first one.
+    axis = layout.axis or 0
+    sizes = (1,) * (len(layout.shape) - tensor.ndim) + tuple(tensor.shape)
+    row_axis = None if layout.axis is None else _row_axis(layout, tensor, axis)
 
     def factor(deltas: Deltas) -> Factor:
-        if axis is None or (row_axis is None and sizes[axis] != 1):
+        if (layout.axis is None and layout.is_time_first) or (row_axis is None and sizes[axis] > 1):
             raise UnsupportedError("it has no place for the examples")
         delta = local(widened(deltas[0])).movedim(axis, 0)
+        delta = cast(Tensor, delta.unflatten(0, (layout.num_examples, -1)))
         positions = [size for at, size in enumerate(sizes) if at != axis]
-        summed = [at for at, size in enumerate(positions, 1) if size == 1]
-        return Dense((delta.sum(summed) if summed else delta).reshape(len(delta), -1))
+        summed = [1, *(at for at, size in enumerate(positions, 2) if size == 1)]
+        return Dense(delta.sum(summed).reshape(len(delta), -1))
 
     return Weight(tensor, factor, row_axis)
 
@@ -549,7 +551,7 @@ def replayed(
 ) -> Weight:
     """Return a parameter whose gradients take evaluating an operation again, on each example.
 
-    The operation sees batches of one; `torch.vmap` puts them together.
+    The operation sees the rows of one example, one or several; `torch.vmap` puts them together.
     """
     n = layout.num_examples
     held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
@@ -557,24 +559,25 @@ def replayed(
     row_axis = _row_axis(layout, tensor, 0) if is_by_row else None
 
     def is_batched(x: Tensor) -> bool:
-        return x.ndim > 0 and len(x) == n and (x is not tensor or row_axis == 0)
+        has_rows = x.ndim > 0 and len(x) in (n, layout.shape[0])
+        return has_rows and (x is not tensor or row_axis == 0)
+
+    def by_example(x: Tensor) -> Tensor:
+        return cast(Tensor, x.unflatten(0, (n, -1)))
 
     def factor(deltas: Deltas) -> Factor:
-        if layout.axis != 0:
+        if layout.axis == 1 or layout.is_time_first:
             raise UnsupportedError("the examples are not on axis 0 of its output")
         leaves: list[Tensor] = []
         _map(held, leaves.append)
         reached = [index for index, delta in enumerate(deltas) if delta is not None]
 
         def gradient(delta: list[Tensor], rows: list[Tensor]) -> Tensor:
-            alone = [
-                row[None] if is_batched(x) else row for x, row in zip(leaves, rows, strict=True)
-            ]
             at = next(index for index, x in enumerate(leaves) if x is tensor)
 
             def run(value: Tensor) -> list[Tensor]:
                 values = iter(
-                    [value if x is tensor else a for x, a in zip(leaves, alone, strict=True)]
+                    [value if x is tensor else row for x, row in zip(leaves, rows, strict=True)]
                 )
                 replayed_args, replayed_kwargs = _map(held, lambda _: next(values))
                 outputs = func(*replayed_args, **replayed_kwargs)
@@ -582,15 +585,15 @@ def replayed(
                 _map(outputs, found.append)
                 return [found[index] for index in reached]
 
-            backward = torch.func.vjp(run, alone[at])[1]
-            return cast(Tensor, backward([d[None] for d in delta])[0])
+            return cast(Tensor, torch.func.vjp(run, rows[at])[1](delta)[0])
 
-        rows = [x.detach() for x in leaves]
+        given = [by_example(deltas[at]) for at in reached]
+        rows = [by_example(x.detach()) if is_batched(x) else x.detach() for x in leaves]
         dims = [0 if is_batched(x) else None for x in leaves]
         with warnings.catch_warnings(), torch.enable_grad():
             # A slow path within vmap is still a path.
             warnings.simplefilter("ignore")
-            values = torch.vmap(gradient, (0, dims))([deltas[at] for at in reached], rows)
+            values = torch.vmap(gradient, (0, dims))(given, rows)
         return Dense(widened(values.detach()))
 
     return Weight(tensor, factor, row_axis)

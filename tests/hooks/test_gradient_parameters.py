@@ -74,6 +74,11 @@ USES: dict[str, tuple[tuple[int, ...], Use]] = {
     "reversed difference": ((4,), lambda m, x: m.parameter - 2 * x),
     "scaled sum": ((4,), lambda m, x: torch.add(x, m.parameter, alpha=0.5)),
     "scaled difference": ((3, 1), lambda m, x: torch.sub(m.parameter, x, alpha=2)),
+    "bias of windows": ((1, 4), lambda m, x: (x.flatten(0, 1) + m.parameter).view_as(x)),
+    "power of windows": (
+        (4,),
+        lambda m, x: (x.flatten(0, 1).abs() ** m.parameter).view_as(x),
+    ),
     "gate": ((1, 3, 1), lambda m, x: x * m.parameter.sigmoid()),
     "in place": ((4,), in_place),
     "quotient": ((4,), lambda m, x: x / m.parameter),
