@@ -24,7 +24,7 @@ from .factors import Factor, joined
 from .gradient_batches import BatchGradients, batch_gradients
 from .gradient_checks import differing
 from .gradient_fallback import fallback_gradients
-from .layouts import UnsupportedError
+from .layouts import ORDERS, UnsupportedError
 from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
 from .probes import Probe, device_of, undisturbed
@@ -42,9 +42,16 @@ _Factors: TypeAlias = defaultdict[OwnedParameter, list[Factor]]
 
 @dataclass
 class _Verdict:
-    """What was found for batches of some shapes: which parameters were checked, and problems."""
+    """What was found for batches of some shapes.
+
+    Attributes:
+        checked: The parameters that were checked.
+        choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
+        problems: Why no rule gives the gradients of a parameter.
+    """
 
     checked: set[str] = field(default_factory=set)
+    choices: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(default_factory=dict)
 
 
@@ -269,30 +276,20 @@ class _Evaluation:
         """Compute the gradients of a batch: by rules, or by the fallback."""
         verdict = self._verdict(inputs, num_examples)
         problems = verdict.problems
-        by_rule = [p for p in group if p.name not in problems]
-        batch = BatchGradients(num_examples)
-        if by_rule:
+        found: dict[OwnedParameter, Factor] = {}
+        remaining = [p for p in group if p.name not in problems]
+        while remaining:
             batch = batch_gradients(
                 self._model,
                 self._loss,
                 inputs,
                 targets,
                 num_examples,
-                [parameter.tensor for parameter in by_rule],
+                [p.tensor for p in remaining],
+                {p.tensor: verdict.choices.get(p.name, 0) for p in remaining},
             )
-            for parameter in by_rule:
-                if parameter.tensor in batch.problems:
-                    problems[parameter.name] = batch.problems[parameter.tensor]
-            unchecked = [
-                p for p in by_rule if p.tensor in batch.factors and p.name not in verdict.checked
-            ]
-            if unchecked:
-                differ = differing(self._model, self._loss, probe, start, batch, unchecked)
-                verdict.checked.update(parameter.name for parameter in unchecked)
-                for parameter in unchecked:
-                    if parameter.tensor in differ:
-                        problems[parameter.name] = differ[parameter.tensor]
-        found = {p: batch.factors[p.tensor] for p in by_rule if p.tensor in batch.factors}
+            found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
+            remaining = self._check(verdict, batch, probe, start, remaining)
         others = [p for p in group if p.name in problems and p.name not in self._unsupported]
         self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
         for parameter in others:
@@ -300,6 +297,33 @@ class _Evaluation:
         if others:
             found.update(self._fall_back(probe, start, inputs, targets, num_examples, others))
         return found
+
+    def _check(
+        self,
+        verdict: _Verdict,
+        batch: BatchGradients,
+        probe: Probe,
+        start: int,
+        parameters: Sequence[OwnedParameter],
+    ) -> list[OwnedParameter]:
+        """Note problems; return the parameters whose examples may be at another place."""
+        reasons = dict(batch.problems)
+        unchecked = [
+            p for p in parameters if p.tensor in batch.factors and p.name not in verdict.checked
+        ]
+        if unchecked:
+            reasons |= differing(self._model, self._loss, probe, start, batch, unchecked)
+        again = []
+        for parameter in parameters:
+            choice = verdict.choices.get(parameter.name, 0) + 1
+            if parameter.tensor not in reasons:
+                verdict.checked.add(parameter.name)
+            elif parameter.tensor in batch.ambiguous and choice < len(ORDERS):
+                verdict.choices[parameter.name] = choice
+                again.append(parameter)
+            else:
+                verdict.problems[parameter.name] = reasons[parameter.tensor]
+        return again
 
     def _fall_back(
         self,

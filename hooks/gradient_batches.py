@@ -8,7 +8,7 @@ weight, takes its gradients on to the parameters.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class BatchGradients:
         problems: Why there are none, by parameter.
         couplings: What makes gradients of an example depend on the others.
         losses: The loss of each example, where it is known; [examples].
+        ambiguous: The parameters for which sizes do not tell where the examples are.
     """
 
     num_examples: int
@@ -46,6 +47,7 @@ class BatchGradients:
     problems: dict[nn.Parameter, str] = field(default_factory=dict)
     couplings: list[str] = field(default_factory=list)
     losses: Tensor | None = None
+    ambiguous: set[nn.Parameter] = field(default_factory=set)
 
 
 def batch_gradients(
@@ -55,6 +57,7 @@ def batch_gradients(
     targets: Tensor | None,
     num_examples: int,
     wanted: Iterable[nn.Parameter],
+    choices: Mapping[nn.Parameter, int] | None = None,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
 
@@ -65,6 +68,7 @@ def batch_gradients(
         targets: One target per example.
         num_examples: The number of examples.
         wanted: The parameters.
+        choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -80,7 +84,7 @@ def batch_gradients(
         operations.append(operation)
 
     wanted = list(wanted)
-    uses = ParameterUses(model, wanted, take, num_examples)
+    uses = ParameterUses(model, wanted, take, num_examples, choices)
     with torch.enable_grad():
         with uses:
             outputs = call(model, inputs)
@@ -89,7 +93,9 @@ def batch_gradients(
         total, losses = _loss_of(loss, outputs, targets, num_examples)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
         found = iter(torch.autograd.grad(total, known, allow_unused=True) if known else ())
-    result = BatchGradients(num_examples, couplings=uses.couplings, losses=losses)
+    result = BatchGradients(
+        num_examples, couplings=uses.couplings, losses=losses, ambiguous=uses.ambiguous
+    )
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
     with torch.no_grad():

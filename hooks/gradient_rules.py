@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .factors import Dense, Factor, Outer, Rows
-from .layouts import Deltas, Layout, UnsupportedError, Weight, widened
+from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, widened
 from .recurrent_rules import (
     gru,
     gru_cell,
@@ -278,7 +278,7 @@ def _embedding(
     num_rows = len(weight)
 
     def of_weight(deltas: Deltas) -> Factor:
-        rows = layout.batch_first(input).reshape(layout.num_examples, -1)
+        rows = layout.by_example(input).reshape(layout.num_examples, -1)
         if padding_idx is not None:
             rows = torch.where(rows == padding_idx % num_rows, -1, rows)
         return Rows(rows, layout.positions(deltas[0]), num_rows)
@@ -321,7 +321,7 @@ def _embedding_bag(
                 factors = factors * scales.detach()
             values = delta[:, None] * factors[..., None]
         n = layout.num_examples
-        first, positions = layout.batch_first(rows), layout.batch_first(values)
+        first, positions = layout.by_example(rows), layout.by_example(values)
         return Rows(first.reshape(n, -1), positions.reshape(n, -1, delta.shape[-1]), num_rows)
 
     return [Weight(weight, of_weight)]
@@ -496,16 +496,16 @@ def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -
     """Return the operand of an elementwise operation, whose gradient is summed to its shape."""
     if not isinstance(tensor, Tensor):
         return Weight(None, lambda deltas: Dense(deltas[0]))
-    # Without an axis of their own the examples are the outer part of the first one.
-    axis = layout.axis or 0
-    sizes = (1,) * (len(layout.shape) - tensor.ndim) + tuple(tensor.shape)
-    row_axis = None if layout.axis is None else _row_axis(layout, tensor, axis)
+    axis, num_axes = layout.axis, len(layout.shape)
+    sizes = (1,) * (num_axes - tensor.ndim) + tuple(tensor.shape)
+    row_axis = _row_axis(layout, tensor)
 
     def factor(deltas: Deltas) -> Factor:
-        if (layout.axis is None and layout.is_time_first) or (row_axis is None and sizes[axis] > 1):
+        if row_axis is None and sizes[axis] > 1:
             raise UnsupportedError("it has no place for the examples")
-        delta = local(widened(deltas[0])).movedim(axis, 0)
-        delta = cast(Tensor, delta.unflatten(0, (layout.num_examples, -1)))
+        delta = layout.by_example(local(widened(deltas[0])))
+        if axis == 1:
+            delta = delta[:, None]  # Each example has one row, and steps are positions.
         positions = [size for at, size in enumerate(sizes) if at != axis]
         summed = [1, *(at for at, size in enumerate(positions, 2) if size == 1)]
         return Dense(delta.sum(summed).reshape(len(delta), -1))
@@ -513,18 +513,18 @@ def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -
     return Weight(tensor, factor, row_axis)
 
 
-def _row_axis(layout: Layout, tensor: Tensor, axis: int) -> int | None:
+def _row_axis(layout: Layout, tensor: Tensor) -> int | None:
     """Return the axis of a tensor that is an axis of the output with a row for each example."""
-    own = axis - (len(layout.shape) - tensor.ndim)
-    # A parameter itself may be as long as the batch by chance; it has no rows of examples.
-    is_computed = not isinstance(tensor, nn.Parameter)
-    n = layout.num_examples
-    return own if own >= 0 and is_computed and tensor.shape[own] == n > 1 else None
+    if layout.place not in (Place.FIRST, Place.SECOND) or isinstance(tensor, nn.Parameter):
+        # A parameter itself may be as long as the batch by chance; it has no rows of examples.
+        return None
+    own = layout.axis - (len(layout.shape) - tensor.ndim)
+    return own if own >= 0 and tensor.shape[own] == layout.num_examples > 1 else None
 
 
 def _cat(layout: Layout, tensors: Sequence[Tensor], dim: int = 0) -> list[Weight]:
     axis = dim % tensors[0].ndim
-    if layout.axis is None or axis == layout.axis:
+    if layout.place not in (Place.FIRST, Place.SECOND) or axis == layout.axis:
         raise UnsupportedError("examples are put behind each other")
     weights = []
     start = 0
@@ -555,18 +555,18 @@ def replayed(
     """
     n = layout.num_examples
     held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
-    is_by_row = tensor.ndim == len(layout.shape) and layout.axis == 0
-    row_axis = _row_axis(layout, tensor, 0) if is_by_row else None
+    is_by_row = tensor.ndim == len(layout.shape) and layout.place is Place.FIRST
+    row_axis = _row_axis(layout, tensor) if is_by_row else None
 
     def is_batched(x: Tensor) -> bool:
         has_rows = x.ndim > 0 and len(x) in (n, layout.shape[0])
         return has_rows and (x is not tensor or row_axis == 0)
 
     def by_example(x: Tensor) -> Tensor:
-        return cast(Tensor, x.unflatten(0, (n, -1)))
+        return layout.by_example(x) if len(x) > n else x[:, None]
 
     def factor(deltas: Deltas) -> Factor:
-        if layout.axis == 1 or layout.is_time_first:
+        if layout.axis != 0:
             raise UnsupportedError("the examples are not on axis 0 of its output")
         leaves: list[Tensor] = []
         _map(held, leaves.append)

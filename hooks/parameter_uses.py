@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -94,8 +94,10 @@ class ParameterUses(TorchFunctionMode):
         wanted: The parameters whose uses are reported.
         on_operation: Called with each operation that uses one of them. It must not raise.
         num_examples: The number of examples of a forward pass.
+        choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Attributes:
+        ambiguous: The parameters for which sizes do not tell where the examples are.
         problems: Why uses could not be reported, by parameter.
         without_gradients: The parameters that were used where no graph is made.
         couplings: What makes the gradients of an example depend on the others.
@@ -108,12 +110,15 @@ class ParameterUses(TorchFunctionMode):
         wanted: Iterable[nn.Parameter],
         on_operation: Callable[[Operation], None],
         num_examples: int,
+        choices: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
         super().__init__()
         self._model = model
         self._wanted = frozenset(wanted)
         self._on_operation = on_operation
         self.num_examples = num_examples
+        self._choices = {} if choices is None else choices
+        self.ambiguous: set[nn.Parameter] = set()
         self.problems: dict[nn.Parameter, str] = {}
         self.without_gradients: set[nn.Parameter] = set()
         self.couplings: list[str] = []
@@ -245,7 +250,10 @@ class ParameterUses(TorchFunctionMode):
                 self._is_time_first,
                 are_apart=len({out.grad_fn for out in outputs}) > 1,
             )
-            uses = list(self._uses(func, args, kwargs, layout, wanted))
+            uses: list[Use] = []
+            for choice, tensors in self._by_choice(layout, wanted):
+                chosen = replace(layout, choice=choice)
+                uses += self._uses(func, args, kwargs, chosen, tensors)
         except Exception as error:  # Whatever a rule makes of a call, it is the reason.
             reason = f"{name}: {error}"
             if not isinstance(error, UnsupportedError):
@@ -258,6 +266,19 @@ class ParameterUses(TorchFunctionMode):
         versions = [(t, t._version) for t in others if t.is_floating_point()]
         is_in_place = name.endswith("_")
         self._on_operation(Operation(name, outputs, uses, [] if is_in_place else versions))
+
+    def _by_choice(
+        self, layout: Layout, wanted: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Yield the tensors for which the examples are taken to be at the same place."""
+        tensors: dict[int, dict[int, Tensor]] = {}
+        for key, tensor in wanted.items():
+            parameters = self._roots[key]
+            if len(layout.places) > 1:
+                self.ambiguous |= parameters
+            choice = max(self._choices.get(parameter, 0) for parameter in parameters)
+            tensors.setdefault(choice, {})[key] = tensor
+        yield from tensors.items()
 
     def _uses(
         self,

@@ -113,7 +113,7 @@ CASES = {
     ),
     "Swin": Case(
         lambda: SwinTransformer([2, 2], 8, [2, 2], [2, 2], [2, 2], num_classes=5),
-        lambda: torch.randn(5, 3, 16, 16),  # Windows have four tokens.
+        images(3, 16, 16),  # Windows have as many tokens as there are examples.
     ),
     "ConvNeXt": Case(
         lambda: models.ConvNeXt(

@@ -206,10 +206,30 @@ def test_transformer_layers(norm_first: bool, batch_first: bool, activation: Any
     options: Any = {"norm_first": norm_first, "batch_first": batch_first, "activation": activation}
     encoder = nn.TransformerEncoderLayer(4, 2, 8, **options)
     decoder = nn.TransformerDecoderLayer(4, 2, 8, **options)
-    # With the batch first there are as many tokens as examples, which tell nothing.
-    target, memory = torch.randn(3, 3 if batch_first else 5, 4), torch.randn(3, 4, 4)
+    # As many tokens as examples, so that sizes do not tell the axes apart.
+    target, memory = torch.randn(3, 3, 4), torch.randn(3, 4, 4)
     check_exact(Encoding(encoder), (target,))
     check_exact(Encoding(decoder), (target, memory))
+
+
+class LanguageModel(nn.Module):
+    """A recurrent language model of (time, examples), whose decoder takes all of them as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(7, NUM_FEATURES), nn.LSTM(NUM_FEATURES, 4)
+        self.decoder = nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        outputs, _ = self.rnn(self.embedding(tokens.T))
+        decoded = self.decoder(outputs.flatten(0, 1))
+        return torch.as_tensor(decoded.view(*tokens.T.shape, -1).transpose(0, 1))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 4, 8])
+def test_a_language_model_of_time_first(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    check_exact(LanguageModel(), torch.randint(0, 7, (4, num_tokens)))
 
 
 def test_a_first_state_that_is_a_parameter() -> None:

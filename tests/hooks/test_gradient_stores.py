@@ -148,7 +148,7 @@ def test_sketches_are_unbiased_and_add_up(
     model: Net, tokens: Tensor, expected: dict[str, Tensor]
 ) -> None:
     grams = []
-    for seed in range(100):
+    for seed in range(60):
         store = sonde.Sketch(8, seed)
         result = sonde.example_gradients(model, token_loss, tokens, tokens, store=store)
         assert result.total is not None
@@ -188,7 +188,7 @@ class TimeFirst(nn.Module):
 
 @pytest.mark.parametrize("batch_sizes", [(6, 5), (5, 6), (6, None), (None, 6)])
 def test_each_shape_of_a_batch_is_checked(batch_sizes: tuple[int | None, ...]) -> None:
-    # Eleven examples of five steps: of a batch of five, the axes cannot be told apart.
+    # Eleven examples of five steps: of a batch of five, the sizes do not tell the axes apart.
     torch.manual_seed(0)
     model, inputs = TimeFirst().double(), torch.randn(11, 5, 4, dtype=torch.float64)
     targets = torch.randn(11, 4, dtype=torch.float64)
@@ -198,8 +198,7 @@ def test_each_shape_of_a_batch_is_checked(batch_sizes: tuple[int | None, ...]) -
             model, F.mse_loss, inputs, targets, store=sonde.Full(), batch_size=batch_size
         )
         assert_same_gradients(result, expected)
-        kind = "exact" if batch_size is None else "fallback"
-        assert result.coverage["mix.weight"].startswith(kind)
+        assert kinds(result) == {}
 
 
 def test_a_loss_that_uses_parameters_is_checked_too() -> None:
