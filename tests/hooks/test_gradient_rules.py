@@ -153,6 +153,19 @@ def test_embeddings(options: dict[str, Any], positions: list[int], n: int, seed:
     check_exact(nn.Embedding(6, 4, **options), torch.randint(0, 6, (n, *positions)))
 
 
+class FunctionalEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.table, padding_idx=-1)
+
+
+def test_a_negative_padding_index_of_a_function() -> None:
+    check_exact(FunctionalEmbedding(), torch.arange(20).reshape(4, 5) % 6)
+
+
 class Bags(nn.Module):
     """A bag per example, as rows or one behind the other, with a scale of each token."""
 
