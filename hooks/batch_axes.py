@@ -55,7 +55,7 @@ class BatchAxes:
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
-        self._batch_dim = batch_dim
+        self.batch_dim = batch_dim
         self._small_size = 0
         self._small_shapes: dict[str, tuple[int, ...]] = {}
         self._axes: dict[str, int] = {}  # As batches larger than the small one have shown.
@@ -71,8 +71,8 @@ class BatchAxes:
     def size_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """Return the number of examples in the model's arguments."""
         for _, tensor in tensor_leaves([*args, *kwargs.values()]):
-            if tensor.ndim > self._batch_dim:
-                return tensor.shape[self._batch_dim]
+            if tensor.ndim > self.batch_dim:
+                return tensor.shape[self.batch_dim]
         return None
 
     def give_up(self, problem: str) -> None:
@@ -100,7 +100,7 @@ class BatchAxes:
         rows = self._small_size
 
         def shorten(tensor: Tensor) -> Tensor:
-            dim = self._batch_dim
+            dim = self.batch_dim
             if tensor.ndim > dim and tensor.shape[dim] == size:
                 tensor = tensor.narrow(dim, 0, rows)
             return tensor.detach().clone()

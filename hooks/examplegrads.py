@@ -9,7 +9,7 @@ own loss, not divided by the number of examples.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -24,12 +24,13 @@ from .gradient_batches import BatchGradients, batch_gradients
 from .gradient_checks import differing
 from .gradient_fallback import fallback_gradients
 from .kept_gradients import KeptGradients, reduced_rows
-from .layouts import UnsupportedError
+from .layouts import ORDERS, UnsupportedError
 from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
 from .probes import Probe, device_of, undisturbed
 from .select import Selector, select_layers
 from .stores import Full, Gram, Sketch, Store
+from .taps import tensor_leaves
 
 EXACT = "exact"
 
@@ -38,8 +39,25 @@ Problems: TypeAlias = dict[str, str]
 
 _Factors: TypeAlias = defaultdict[OwnedParameter, list[Factor]]
 
-# What was found for a model is not checked again.
-_verdicts: WeakKeyDictionary[nn.Module, tuple[set[str], Problems]] = WeakKeyDictionary()
+
+@dataclass
+class _Verdict:
+    """What was found for batches of some shapes.
+
+    Attributes:
+        checked: The parameters that were checked.
+        choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
+        problems: Why no rule gives the gradients of a parameter.
+    """
+
+    checked: set[str] = field(default_factory=set)
+    choices: dict[str, int] = field(default_factory=dict)
+    problems: Problems = field(default_factory=dict)
+
+
+# What was found for a model is not checked again, unless shapes or the loss are others: with as
+# many examples as time steps the batch is another axis, and a loss may use parameters, too.
+_verdicts: WeakKeyDictionary[nn.Module, dict[Hashable, _Verdict]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -88,8 +106,9 @@ def example_gradients(
 ) -> ExampleGradientResult:
     """Compute per-example gradients of a model, in eval mode; the model is left as it was.
 
-    Every parameter is held once against the gradients of two examples that are run alone. What no
-    rule covers, or does not pass, is given to `torch.func`; what that cannot transform is named.
+    For each shape of a batch, every parameter is held once against the gradients of two examples
+    that are run alone. What no rule covers, or does not pass, is given to `torch.func`; what that
+    cannot transform is named.
 
     Args:
         model: The model.
@@ -165,28 +184,41 @@ class _Evaluation:
         self._probes = probes
         self._store = store
         self._memory = memory
-        self._checked, self._problems = _verdicts.setdefault(model, (set(), {}))
+        self._verdicts = _verdicts.setdefault(model, {})
+        self._problems: Problems = {}
         self._unsupported: Problems = {}
 
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
         result = ExampleGradientResult()
-        kept = KeptGradients(self._probes[0].num_examples)
         trained = []
         for parameter in parameters:
             if parameter.tensor.requires_grad:
                 trained.append(parameter)
             else:
                 result.coverage.update(dict.fromkeys(parameter.names, "frozen"))
-        remaining = trained
-        while remaining:
-            done = self._pass(remaining, kept)
-            remaining = [parameter for parameter in remaining if parameter not in done]
+        kept = self._kept_of(trained)
+        while kept.added & self._unsupported.keys():
+            # What turned out only in a later batch is in the sums already.
+            kept = self._kept_of(trained)
         for parameter in trained:
             result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
         result.total, result.layers, result.parameters = kept.total(), kept.layers, kept.parameters
         result.norms, result.layer_norms = kept.norms()
         return result
+
+    def _kept_of(self, trained: list[OwnedParameter]) -> KeptGradients:
+        """Return what the store keeps of all examples, but of parameters known as unsupported."""
+        kept = KeptGradients(self._probes[0].num_examples)
+        remaining = [p for p in trained if p.name not in self._unsupported]
+        while remaining:
+            done = self._pass(remaining, kept)
+            remaining = [parameter for parameter in remaining if parameter not in done]
+        return kept
+
+    def _verdict(self, inputs: Any, num_examples: int) -> _Verdict:
+        shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(inputs))
+        return self._verdicts.setdefault((num_examples, shapes, id(self._loss)), _Verdict())
 
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
@@ -249,36 +281,56 @@ class _Evaluation:
         group: Sequence[OwnedParameter],
     ) -> dict[OwnedParameter, Factor]:
         """Compute the gradients of a batch: by rules, or by the fallback."""
-        by_rule = [p for p in group if p.name not in self._problems]
-        batch = BatchGradients(num_examples)
-        if by_rule:
+        verdict = self._verdict(inputs, num_examples)
+        problems = verdict.problems
+        found: dict[OwnedParameter, Factor] = {}
+        remaining = [p for p in group if p.name not in problems]
+        while remaining:
             batch = batch_gradients(
                 self._model,
                 self._loss,
                 inputs,
                 targets,
                 num_examples,
-                [parameter.tensor for parameter in by_rule],
+                [p.tensor for p in remaining],
+                {p.tensor: verdict.choices.get(p.name, 0) for p in remaining},
             )
-            for parameter in by_rule:
-                if parameter.tensor in batch.problems:
-                    self._problems[parameter.name] = batch.problems[parameter.tensor]
-            unchecked = [
-                p for p in by_rule if p.tensor in batch.factors and p.name not in self._checked
-            ]
-            if unchecked:
-                differ = differing(self._model, self._loss, probe, start, batch, unchecked)
-                self._checked.update(parameter.name for parameter in unchecked)
-                for parameter in unchecked:
-                    if parameter.tensor in differ:
-                        self._problems[parameter.name] = differ[parameter.tensor]
-        found = {p: batch.factors[p.tensor] for p in by_rule if p.tensor in batch.factors}
-        others = [p for p in group if p.name in self._problems and p.name not in self._unsupported]
+            found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
+            remaining = self._check(verdict, batch, probe, start, remaining)
+        others = [p for p in group if p.name in problems and p.name not in self._unsupported]
+        self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
         for parameter in others:
             found.pop(parameter, None)
         if others:
             found.update(self._fall_back(probe, start, inputs, targets, num_examples, others))
         return found
+
+    def _check(
+        self,
+        verdict: _Verdict,
+        batch: BatchGradients,
+        probe: Probe,
+        start: int,
+        parameters: Sequence[OwnedParameter],
+    ) -> list[OwnedParameter]:
+        """Note problems; return the parameters whose examples may be at another place."""
+        reasons = dict(batch.problems)
+        unchecked = [
+            p for p in parameters if p.tensor in batch.factors and p.name not in verdict.checked
+        ]
+        if unchecked:
+            reasons |= differing(self._model, self._loss, probe, start, batch, unchecked)
+        again = []
+        for parameter in parameters:
+            choice = verdict.choices.get(parameter.name, 0) + 1
+            if parameter.tensor not in reasons:
+                verdict.checked.add(parameter.name)
+            elif parameter.tensor in batch.ambiguous and choice < len(ORDERS):
+                verdict.choices[parameter.name] = choice
+                again.append(parameter)
+            else:
+                verdict.problems[parameter.name] = reasons[parameter.tensor]
+        return again
 
     def _fall_back(
         self,

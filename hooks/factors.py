@@ -84,7 +84,8 @@ class Dense(Factor):
     values: Tensor
 
     def __post_init__(self) -> None:
-        self.values = self.values.flatten(1)
+        # Not flatten(1): the gradient of a scalar has no axis of its own.
+        self.values = self.values.reshape(len(self.values), -1)
         self.num_examples = len(self.values)
 
     @property

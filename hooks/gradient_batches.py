@@ -8,7 +8,7 @@ weight, takes its gradients on to the parameters.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from sonde.exceptions import InvalidInputError
 
 from .factors import Dense, Factor, summed
-from .layouts import UnsupportedError
+from .layouts import UnsupportedError, reason_of
 from .losses import Loss, example_losses
 from .parameter_uses import Operation, ParameterUses, Use
 from .probes import Inputs, call
@@ -39,6 +39,7 @@ class BatchGradients:
         problems: Why there are none, by parameter.
         couplings: What makes gradients of an example depend on the others.
         losses: The loss of each example, where it is known; [examples].
+        ambiguous: The parameters for which sizes do not tell where the examples are.
     """
 
     num_examples: int
@@ -46,6 +47,7 @@ class BatchGradients:
     problems: dict[nn.Parameter, str] = field(default_factory=dict)
     couplings: list[str] = field(default_factory=list)
     losses: Tensor | None = None
+    ambiguous: set[nn.Parameter] = field(default_factory=set)
 
 
 def batch_gradients(
@@ -55,6 +57,7 @@ def batch_gradients(
     targets: Tensor | None,
     num_examples: int,
     wanted: Iterable[nn.Parameter],
+    choices: Mapping[nn.Parameter, int] | None = None,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
 
@@ -65,6 +68,7 @@ def batch_gradients(
         targets: One target per example.
         num_examples: The number of examples.
         wanted: The parameters.
+        choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -80,7 +84,7 @@ def batch_gradients(
         operations.append(operation)
 
     wanted = list(wanted)
-    uses = ParameterUses(model, wanted, take, num_examples)
+    uses = ParameterUses(model, wanted, take, num_examples, choices)
     with torch.enable_grad():
         with uses:
             outputs = call(model, inputs)
@@ -89,7 +93,9 @@ def batch_gradients(
         total, losses = _loss_of(loss, outputs, targets, num_examples)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
         found = iter(torch.autograd.grad(total, known, allow_unused=True) if known else ())
-    result = BatchGradients(num_examples, couplings=uses.couplings, losses=losses)
+    result = BatchGradients(
+        num_examples, couplings=uses.couplings, losses=losses, ambiguous=uses.ambiguous
+    )
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
     with torch.no_grad():
@@ -102,7 +108,10 @@ def batch_gradients(
         else:
             reason = "it was never used in the forward pass"
             if parameter in uses.without_gradients:
-                reason = "it ran without gradients: under no_grad, or in a reentrant checkpoint"
+                reason = (
+                    "it ran without gradients: under no_grad, in a reentrant checkpoint, or in an "
+                    "autograd function, for which `sonde.gradient_rule` takes a rule"
+                )
             result.problems.setdefault(parameter, reason)
     return result
 
@@ -140,8 +149,7 @@ def add_operation(
                 problems.setdefault(parameter, str(reason))
         except Exception as error:  # Whatever a user's operation makes fail, it is the reason.
             for parameter in use.parameters:
-                reason_text = f"{operation.name} fails: {type(error).__name__}: {error}"
-                problems.setdefault(parameter, reason_text)
+                problems.setdefault(parameter, f"{operation.name} fails: {reason_of(error)}")
 
 
 def root_of(output: Tensor) -> Tensor:
@@ -190,28 +198,45 @@ def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]
     if isinstance(use.tensor, nn.Parameter):
         return [(use.tensor, factor)]
     parameters = list(use.parameters)
-    row_bytes = max(1, use.tensor.nbytes) * (factor.num_examples if use.is_by_row else 1)
+    row_bytes = max(1, use.tensor.nbytes) * (1 if use.row_axis is None else factor.num_examples)
     size = max(1, _CHAIN_BYTES // row_bytes)
     found: list[list[Tensor]] = [[] for _ in parameters]
     for start in range(0, factor.num_examples, size):
         rows = slice(start, min(start + size, factor.num_examples))
         formed = factor.form(rows)
         shape = use.tensor.shape
-        if use.is_by_row:
+        if use.row_axis is not None:
             # The gradient of an example is in its own row of the tensor, and zero in the others.
             outer = formed.new_zeros(len(formed), *shape)
+            by_row = outer.movedim(1 + use.row_axis, 1)
             example = torch.arange(len(formed), device=formed.device)
-            outer[example, rows.start + example] = formed.unflatten(1, shape[1:])
+            by_row[example, rows.start + example] = formed.reshape(-1, *by_row.shape[2:])
             formed = outer
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                use.tensor,
-                parameters,
-                formed.reshape(len(formed), *shape).to(use.tensor.dtype),
-                retain_graph=True,
-                is_grads_batched=True,
-                materialize_grads=True,
-            )
+        formed = formed.reshape(len(formed), *shape).to(use.tensor.dtype)
+        gradients = _taken_on(use.tensor, parameters, formed)
         for part, gradient in zip(found, gradients, strict=True):
             part.append(gradient)
     return [(p, Dense(torch.cat(part))) for p, part in zip(parameters, found, strict=True)]
+
+
+def _taken_on(
+    tensor: Tensor, parameters: Sequence[nn.Parameter], gradients: Tensor
+) -> Sequence[Tensor]:
+    """Take gradients [n, *tensor] on to the parameters it was computed from, [n, *parameter]."""
+
+    def back(of_tensor: Tensor, is_batched: bool) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            tensor,
+            parameters,
+            of_tensor,
+            retain_graph=True,
+            is_grads_batched=is_batched,
+            materialize_grads=True,
+        )
+
+    with torch.enable_grad():
+        try:
+            return back(gradients, True)
+        except Exception:  # Not every backward pass can be batched, such as one that is sparse.
+            alone = [[g.to_dense() for g in back(row, False)] for row in gradients]
+            return [torch.stack(rows) for rows in zip(*alone, strict=True)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_batches import BatchGradients, loss_of_model
+from .layouts import reason_of
 from .losses import Loss
 from .owned_parameters import OwnedParameter
 from .probes import Probe, call, device_of
@@ -53,7 +54,7 @@ def differing(
         try:
             alone = _gradients_alone(model, loss, probe, start + row, tensors)
         except Exception as error:  # Whatever a model does to a batch of one, it is the reason.
-            reason = f"one example alone fails: {type(error).__name__}: {error}"
+            reason = f"one example alone fails: {reason_of(error)}"
             return dict.fromkeys(tensors, reason)
         norm = sum(float((gradient.double() ** 2).sum()) for gradient in alone) ** 0.5
         for tensor, exact in zip(tensors, alone, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .factors import Dense, Factor
 from .gradient_batches import loss_of_model
-from .layouts import UnsupportedError, widened
+from .layouts import UnsupportedError, reason_of, widened
 from .losses import Loss
 from .probes import Inputs, call
 
@@ -63,9 +63,7 @@ def fallback_gradients(
             warnings.simplefilter("ignore")
             gradients = transformed(values, inputs, targets)
     except Exception as error:  # Whatever a model does that cannot be transformed is the reason.
-        text = str(error).strip().splitlines()
-        first = text[0] if text else ""
-        raise UnsupportedError(f"torch.func fails: {type(error).__name__}: {first}") from error
+        raise UnsupportedError(f"torch.func fails: {reason_of(error)}") from error
     return {p: Dense(widened(gradients[names[p]].detach())) for p in parameters}
 
 

@@ -18,10 +18,10 @@ from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factors import Dense, Factor, Outer, Rows
-from .layouts import Deltas, Layout, UnsupportedError, Weight, widened
+from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, widened
 from .recurrent_rules import (
     gru,
     gru_cell,
@@ -93,18 +93,23 @@ def _as_is(source: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Unfolding:
-    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions]."""
+    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions].
+
+    Of a transposed one these are patches of its output, whose padding may leave room for more than
+    the `num_positions` of its input along each axis.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    num_positions: tuple[int, ...] | None = None
 
     def __call__(self, source: Tensor) -> Tensor:
         maps = source.flatten(0, 1)
         is_pointwise = all(size == 1 for size in (*self.kernel, *self.stride))
-        if is_pointwise and not any(self.padding):
+        if is_pointwise and not any(self.padding) and self.num_positions is None:
             patches = maps.flatten(2)
         else:
             patches = self._patches(maps)
@@ -120,6 +125,8 @@ class _Unfolding:
             span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
             patches = patches.unfold(2 + axis, span, self.stride[axis])
             patches = patches[..., :: self.dilation[axis]]
+            if self.num_positions is not None:
+                patches = patches.narrow(2 + axis, 0, self.num_positions[axis])
         # [n, channels, *positions, *kernel] -> [n, channels · kernel, positions]
         kernel_axes = range(2 + num_axes, 2 + 2 * num_axes)
         patches = patches.permute(0, 1, *kernel_axes, *range(2, 2 + num_axes))
@@ -228,6 +235,7 @@ def _conv_transpose(
         _sizes(padding, num_axes),
         _sizes(dilation, num_axes),
         groups,
+        tuple(input.shape[2:]) if any(_sizes(output_padding, num_axes)) else None,
     )
     maps = input.detach()
     num_inputs = math.prod(weight.shape[1:])
@@ -270,7 +278,7 @@ def _embedding(
     num_rows = len(weight)
 
     def of_weight(deltas: Deltas) -> Factor:
-        rows = layout.batch_first(input).reshape(layout.num_examples, -1)
+        rows = layout.by_example(input).reshape(layout.num_examples, -1)
         if padding_idx is not None:
             rows = torch.where(rows == padding_idx % num_rows, -1, rows)
         return Rows(rows, layout.positions(deltas[0]), num_rows)
@@ -292,8 +300,8 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> list[Weight]:
-    if scale_grad_by_freq or mode == "max":
-        raise UnsupportedError(f"mode={mode!r}, scale_grad_by_freq={scale_grad_by_freq}")
+    if scale_grad_by_freq:
+        raise UnsupportedError("scale_grad_by_freq makes a gradient depend on the other examples")
     num_rows = len(weight)
     rows, scales = input, per_sample_weights
     if offsets is not None:
@@ -302,14 +310,28 @@ def _embedding_bag(
 
     def of_weight(deltas: Deltas) -> Factor:
         delta = widened(deltas[0])
-        factors = (rows >= 0).to(delta.dtype)
-        if mode == "mean":
-            factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
-        if scales is not None:
-            factors = factors * scales.detach()
-        return Rows(rows, delta[:, None] * factors[..., None], num_rows)
+        is_there = rows >= 0
+        if mode == "max":
+            values = delta[:, None] * _first_of_largest(weight.detach()[rows], is_there)
+        else:
+            factors = is_there.to(delta.dtype)
+            if mode == "mean":
+                factors = factors / factors.sum(1, keepdim=True).clamp(min=1)
+            if scales is not None:
+                factors = factors * scales.detach()
+            values = delta[:, None] * factors[..., None]
+        n = layout.num_examples
+        first, positions = layout.by_example(rows), layout.by_example(values)
+        return Rows(first.reshape(n, -1), positions.reshape(n, -1, delta.shape[-1]), num_rows)
 
     return [Weight(weight, of_weight)]
+
+
+def _first_of_largest(values: Tensor, is_there: Tensor) -> Tensor:
+    """Return 1 at the largest value of each bag and feature, else 0; [bags, longest, features]."""
+    apart = values.masked_fill(~is_there[..., None], -math.inf)
+    largest = torch.zeros_like(values).scatter_(1, apart.argmax(1, keepdim=True), 1)
+    return largest * is_there[..., None]
 
 
 def _bags(
@@ -321,8 +343,10 @@ def _bags(
     sizes = ends - starts
     column = torch.arange(max(1, int(sizes.max())), device=indices.device)
     is_there = column < sizes[:, None]
-    at = (starts[:, None] + column).clamp(max=max(0, len(indices) - 1))
-    return indices[at].masked_fill(~is_there, -1), None if scales is None else scales[at]
+    at = (starts[:, None] + column).clamp(max=len(indices))
+    # One more, where bags that end early may look.
+    rows = F.pad(indices, (0, 1))[at].masked_fill(~is_there, -1)
+    return rows, None if scales is None else F.pad(scales, (0, 1))[at]
 
 
 def _layer_norm(
@@ -470,47 +494,52 @@ def _mul(layout: Layout, input: Any, other: Any, *, out: None = None) -> list[We
 
 def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -> Weight:
     """Return the operand of an elementwise operation, whose gradient is summed to its shape."""
+    if not isinstance(tensor, Tensor):
+        return Weight(None, lambda deltas: Dense(deltas[0]))
+    axis, num_axes = layout.axis, len(layout.shape)
+    sizes = (1,) * (num_axes - tensor.ndim) + tuple(tensor.shape)
+    row_axis = _row_axis(layout, tensor)
 
     def factor(deltas: Deltas) -> Factor:
-        delta = local(widened(deltas[0]))
-        if layout.axis != 0:
-            raise UnsupportedError("the examples are not on axis 0 of its output")
-        missing = delta.ndim - tensor.ndim
-        if missing < 1 and not is_by_row and tensor.shape[0] != 1:
+        if row_axis is None and sizes[axis] > 1:
             raise UnsupportedError("it has no place for the examples")
-        shape = (len(delta), *tensor.shape[0 if missing else 1 :])
-        positions = range(1, delta.ndim)
-        wanted = (1,) * (missing - 1) + tuple(tensor.shape) if missing else tensor.shape[1:]
-        summed = [
-            axis
-            for axis, size in zip(positions, wanted, strict=True)
-            if size == 1 and delta.shape[axis] > 1
-        ]
-        return Dense((delta.sum(summed) if summed else delta).reshape(shape))
+        delta = layout.by_example(local(widened(deltas[0])))
+        if axis == 1:
+            delta = delta[:, None]  # Each example has one row, and steps are positions.
+        positions = [size for at, size in enumerate(sizes) if at != axis]
+        summed = [1, *(at for at, size in enumerate(positions, 2) if size == 1)]
+        return Dense(delta.sum(summed).reshape(len(delta), -1))
 
-    n, num_axes = layout.num_examples, len(layout.shape)
-    is_by_row = isinstance(tensor, Tensor) and tensor.ndim == num_axes and tensor.shape[0] == n > 1
-    return Weight(tensor, factor, is_by_row)
+    return Weight(tensor, factor, row_axis)
+
+
+def _row_axis(layout: Layout, tensor: Tensor) -> int | None:
+    """Return the axis of a tensor that is an axis of the output with a row for each example."""
+    if layout.place not in (Place.FIRST, Place.SECOND) or isinstance(tensor, nn.Parameter):
+        # A parameter itself may be as long as the batch by chance; it has no rows of examples.
+        return None
+    own = layout.axis - (len(layout.shape) - tensor.ndim)
+    return own if own >= 0 and tensor.shape[own] == layout.num_examples > 1 else None
 
 
 def _cat(layout: Layout, tensors: Sequence[Tensor], dim: int = 0) -> list[Weight]:
     axis = dim % tensors[0].ndim
-    if axis == 0 or layout.axis != 0:
+    if layout.place not in (Place.FIRST, Place.SECOND) or axis == layout.axis:
         raise UnsupportedError("examples are put behind each other")
     weights = []
     start = 0
     for tensor in tensors:
         part = (start, tensor.shape[axis])
         start += tensor.shape[axis]
-        weights.append(_part_of(tensor, axis, part))
+        weights.append(_part_of(tensor, layout.axis, axis, part))
     return weights
 
 
-def _part_of(tensor: Tensor, axis: int, part: tuple[int, int]) -> Weight:
+def _part_of(tensor: Tensor, row_axis: int, axis: int, part: tuple[int, int]) -> Weight:
     def factor(deltas: Deltas) -> Factor:
-        return Dense(widened(deltas[0]).narrow(axis, *part))
+        return Dense(widened(deltas[0]).narrow(axis, *part).movedim(row_axis, 0))
 
-    return Weight(tensor, factor, is_by_row=True)
+    return Weight(tensor, factor, row_axis)
 
 
 def replayed(
@@ -522,49 +551,52 @@ def replayed(
 ) -> Weight:
     """Return a parameter whose gradients take evaluating an operation again, on each example.
 
-    The operation sees batches of one; `torch.vmap` puts them together.
+    The operation sees the rows of one example, one or several; `torch.vmap` puts them together.
     """
     n = layout.num_examples
     held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
-    is_by_row = tensor.ndim > 0 and layout.axis == 0 and len(tensor) == n > 1
+    is_by_row = tensor.ndim == len(layout.shape) and layout.place is Place.FIRST
+    row_axis = _row_axis(layout, tensor) if is_by_row else None
 
     def is_batched(x: Tensor) -> bool:
-        return x.ndim > 0 and len(x) == n and (x is not tensor or is_by_row)
+        has_rows = x.ndim > 0 and len(x) in (n, layout.shape[0])
+        return has_rows and (x is not tensor or row_axis == 0)
+
+    def by_example(x: Tensor) -> Tensor:
+        return layout.by_example(x) if len(x) > n else x[:, None]
 
     def factor(deltas: Deltas) -> Factor:
         if layout.axis != 0:
             raise UnsupportedError("the examples are not on axis 0 of its output")
         leaves: list[Tensor] = []
         _map(held, leaves.append)
+        reached = [index for index, delta in enumerate(deltas) if delta is not None]
 
         def gradient(delta: list[Tensor], rows: list[Tensor]) -> Tensor:
-            alone = [
-                row[None] if is_batched(x) else row for x, row in zip(leaves, rows, strict=True)
-            ]
             at = next(index for index, x in enumerate(leaves) if x is tensor)
 
             def run(value: Tensor) -> list[Tensor]:
                 values = iter(
-                    [value if x is tensor else a for x, a in zip(leaves, alone, strict=True)]
+                    [value if x is tensor else row for x, row in zip(leaves, rows, strict=True)]
                 )
                 replayed_args, replayed_kwargs = _map(held, lambda _: next(values))
                 outputs = func(*replayed_args, **replayed_kwargs)
                 found: list[Tensor] = []
                 _map(outputs, found.append)
-                return found
+                return [found[index] for index in reached]
 
-            backward = torch.func.vjp(run, alone[at])[1]
-            return cast(Tensor, backward([d[None] for d in delta])[0])
+            return cast(Tensor, torch.func.vjp(run, rows[at])[1](delta)[0])
 
-        rows = [x.detach() for x in leaves]
+        given = [by_example(deltas[at]) for at in reached]
+        rows = [by_example(x.detach()) if is_batched(x) else x.detach() for x in leaves]
         dims = [0 if is_batched(x) else None for x in leaves]
         with warnings.catch_warnings(), torch.enable_grad():
             # A slow path within vmap is still a path.
             warnings.simplefilter("ignore")
-            values = torch.vmap(gradient, (0, dims))(list(deltas), rows)
+            values = torch.vmap(gradient, (0, dims))(given, rows)
         return Dense(widened(values.detach()))
 
-    return Weight(tensor, factor, is_by_row)
+    return Weight(tensor, factor, row_axis)
 
 
 def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:

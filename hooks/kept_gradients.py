@@ -43,6 +43,7 @@ class KeptGradients:
         num_examples: The number of examples.
 
     Attributes:
+        added: The names of the parameters that were added.
         layers: Inner products or sketches of each layer.
         parameters: The gradients themselves of each parameter, [examples, *parameter].
     """
@@ -50,11 +51,13 @@ class KeptGradients:
     def __init__(self, num_examples: int) -> None:
         self._num_examples = num_examples
         self._squares: dict[str, Tensor] = {}
+        self.added: set[str] = set()
         self.layers: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
 
     def add_products(self, parameter: OwnedParameter, products: Tensor, squares: Tensor) -> None:
         """Add the inner products of the gradients of a parameter."""
+        self.added.add(parameter.name)
         _add(self.layers, parameter.layer, products)
         _add(self._squares, parameter.layer, squares)
 
@@ -67,6 +70,7 @@ class KeptGradients:
         start: int,
     ) -> None:
         """Add what `reduced_rows` returned of some examples, the first of which is `start`."""
+        self.added.add(parameter.name)
         rows = slice(start, start + len(values))
         every = squares.new_zeros(self._num_examples)
         every[rows] = squares

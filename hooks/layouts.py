@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -18,6 +19,9 @@ Deltas: TypeAlias = Sequence[Any]
 """The gradients with respect to the outputs of an operation; None where none came back."""
 
 
+_REASON_LENGTH = 160
+
+
 class UnsupportedError(Exception):
     """Per-example gradients of a parameter cannot be given exactly; the text says why."""
 
@@ -29,12 +33,32 @@ class Weight:
     Attributes:
         tensor: The argument; it may be anything, and is looked up among the parameters.
         factor: Makes its per-example gradients of those with respect to the outputs.
-        is_by_row: It has a row for each example, and an example's gradient is in its own.
+        row_axis: The axis along which it has a row for each example, whose gradient is in its own
+            row; None where it has none.
     """
 
     tensor: Any
     factor: Callable[[Deltas], Factor]
-    is_by_row: bool = False
+    row_axis: int | None = None
+
+
+class Place(Enum):
+    """Where the examples are in an output."""
+
+    FIRST = "the first axis"
+    SECOND = "the second axis"
+    OUTER = "the outer part of the first axis, [n · k, …]"
+    INNER = "the inner part of the first axis, [k · n, …]"
+
+
+# Sizes alone may not tell the place: which one goes first where the batch is first, where time is,
+# and where rows are windows of examples or of steps.
+ORDERS = (
+    (Place.FIRST, Place.SECOND, Place.OUTER, Place.INNER),
+    (Place.SECOND, Place.INNER, Place.FIRST, Place.OUTER),
+    (Place.OUTER, Place.FIRST, Place.SECOND, Place.INNER),
+    (Place.INNER, Place.FIRST, Place.SECOND, Place.OUTER),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,10 @@ class Layout:
         shape: The shape of the output.
         couplings: What makes gradients of an example depend on the others; rules add to it.
         unsorted: How to bring the examples of a packed sequence into their order.
-        is_time_first: The examples are the second axis, or the inner one of [t · n, …].
+        is_time_first: The examples are the second axis, or the inner one of [k · n, …].
+        are_apart: The outputs have places of their own in the graph, so that the gradient with
+            respect to one may have come through another.
+        choice: Which of `ORDERS` decides where sizes do not tell.
     """
 
     num_examples: int
@@ -54,38 +81,55 @@ class Layout:
     couplings: list[str] = field(default_factory=list)
     unsorted: Tensor | None = None
     is_time_first: bool = False
+    are_apart: bool = False
+    choice: int = 0
 
     @property
-    def axis(self) -> int | None:
-        """The axis of the examples, 0 or 1; None if each has several rows, [n · k, …].
+    def places(self) -> list[Place]:
+        """The places the examples may be at. Of two axes the second holds features, never them."""
+        n, shape = self.num_examples, self.shape
+        if self.is_time_first:
+            return [Place.SECOND if len(shape) > 2 else Place.INNER]
+        places = []
+        if shape and shape[0] == n:
+            places.append(Place.FIRST)
+        if len(shape) > 2 and shape[1] == n:
+            places.append(Place.SECOND)
+        if shape and shape[0] > n and shape[0] % n == 0:
+            places += [Place.OUTER, Place.INNER]
+        return places
+
+    @property
+    def place(self) -> Place:
+        """The place of the examples.
 
         Raises:
             UnsupportedError: If no axis has their number.
         """
-        n, shape = self.num_examples, self.shape
-        if self.is_time_first:
-            return 1 if len(shape) > 2 else None
-        if shape and shape[0] == n:
-            return 0
-        if len(shape) > 1 and shape[1] == n:
-            return 1
-        if shape and shape[0] and shape[0] % n == 0:
-            return None
-        raise UnsupportedError(f"no axis of its output {list(shape)} is the batch of {n}")
+        places = self.places
+        if not places:
+            shape = list(self.shape)
+            raise UnsupportedError(
+                f"no axis of its output {shape} is the batch of {self.num_examples}"
+            )
+        return min(places, key=ORDERS[self.choice].index)
 
-    def batch_first(self, values: Tensor) -> Tensor:
-        """Return values with the examples on axis 0."""
-        if self.axis == 0:
-            return values
-        if self.axis == 1:
+    @property
+    def axis(self) -> int:
+        """The axis that holds the examples, or several rows of each, [n · k, …]."""
+        return 1 if self.place is Place.SECOND else 0
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """Return values as [n, k, …] with the k rows of each example; k is 1 of [n, …]."""
+        if self.place is Place.SECOND:
             return values.transpose(0, 1)
-        if self.is_time_first:
+        if self.place is Place.INNER:
             return cast(Tensor, values.unflatten(0, (-1, self.num_examples))).transpose(0, 1)
         return cast(Tensor, values.unflatten(0, (self.num_examples, -1)))
 
     def positions(self, values: Tensor) -> Tensor:
         """Return values as [n, t, features], at least float32."""
-        first = self.batch_first(widened(values))
+        first = self.by_example(widened(values))
         return first.reshape(self.num_examples, -1, first.shape[-1])
 
     def maps(self, values: Tensor) -> Tensor:
@@ -94,14 +138,22 @@ class Layout:
         Raises:
             UnsupportedError: If the examples are on another axis.
         """
-        if self.axis == 1:
+        if self.place is Place.SECOND:
             raise UnsupportedError("the examples are on axis 1, which holds the channels")
-        return cast(Tensor, widened(values).unflatten(0, (self.num_examples, -1)))
+        return self.by_example(widened(values))
 
 
 def widened(values: Tensor) -> Tensor:
     """Bring half precision to float32, as inner products need it."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong in one line; some errors of PyTorch have pages."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    text = text if len(text) <= _REASON_LENGTH else f"{text[:_REASON_LENGTH]}…"
+    return f"{type(error).__name__}: {text}"
 
 
 def remembered(function: Callable[[Any], Result]) -> Callable[[Any], Result]:

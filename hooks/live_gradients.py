@@ -216,7 +216,8 @@ class LiveGradients(Observation):
                     self._problems[tensor] = "the number of examples is not known"
                 return
             take = partial(self._take, one.micro_batch)
-            uses = ParameterUses(self._model, self._parameters, take, size)
+            choices = dict.fromkeys(self._parameters, 1 if self._step.axes.batch_dim == 1 else 0)
+            uses = ParameterUses(self._model, self._parameters, take, size, choices)
             uses.__enter__()
             self._uses = uses
         except Exception as error:
@@ -231,6 +232,13 @@ class LiveGradients(Observation):
         self._error = self._error or uses.error
         for tensor, reason in uses.problems.items():
             self._problems.setdefault(tensor, reason)
+        if self._step.axes.batch_dim == 0:
+            # The sum of wrong per-example gradients is right as well, so nothing else would tell.
+            for tensor in uses.undecided:
+                reason = (
+                    "two axes have as many entries as there are examples; change the batch size"
+                )
+                self._problems.setdefault(tensor, reason)
         self._couplings += uses.couplings
 
     def _take(self, micro_batch: MicroBatch, operation: Operation) -> None:

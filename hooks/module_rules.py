@@ -78,11 +78,14 @@ def _maker(
     def factor(deltas: Any) -> Factor:
         values = gradients(deltas)
         expected = (num_examples, *parameter.shape)
+        if not isinstance(values, Mapping):
+            raise UnsupportedError(f"its rule gives {type(values).__name__}, not a mapping")
         if name not in values:
             raise UnsupportedError(f"its rule gives {sorted(values)}, not '{name}'")
-        if tuple(values[name].shape) != expected:
-            shape = list(values[name].shape)
-            raise UnsupportedError(f"its rule gives {shape}; expected {list(expected)}")
-        return Dense(values[name])
+        value = values[name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UnsupportedError(f"its rule gives {got}; expected {list(expected)}")
+        return Dense(value)
 
     return factor

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .factors import Factor
 from .gradient_rules import RULES, replayed
-from .layouts import Deltas, Layout, UnsupportedError
+from .layouts import Deltas, Layout, Place, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
 from .taps import add_hook
 
@@ -45,13 +45,14 @@ class Use:
         tensor: The parameter, or what was computed.
         parameters: The parameters it was computed from.
         factor: Makes the gradients with respect to the tensor of those to the outputs.
-        is_by_row: The tensor has a row for each example, and an example's gradient is in its own.
+        row_axis: The axis along which the tensor has a row for each example, whose gradient is in
+            its own row; None where it has none.
     """
 
     tensor: Tensor
     parameters: frozenset[nn.Parameter]
     factor: Callable[[Deltas], Factor]
-    is_by_row: bool = False
+    row_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ class ParameterUses(TorchFunctionMode):
         wanted: The parameters whose uses are reported.
         on_operation: Called with each operation that uses one of them. It must not raise.
         num_examples: The number of examples of a forward pass.
+        choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Attributes:
+        ambiguous: The parameters for which sizes do not tell where the examples are.
+        undecided: Those of them where two axes have their number, such as steps and examples.
         problems: Why uses could not be reported, by parameter.
         without_gradients: The parameters that were used where no graph is made.
         couplings: What makes the gradients of an example depend on the others.
@@ -107,12 +111,16 @@ class ParameterUses(TorchFunctionMode):
         wanted: Iterable[nn.Parameter],
         on_operation: Callable[[Operation], None],
         num_examples: int,
+        choices: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
         super().__init__()
         self._model = model
         self._wanted = frozenset(wanted)
         self._on_operation = on_operation
         self.num_examples = num_examples
+        self._choices = {} if choices is None else choices
+        self.ambiguous: set[nn.Parameter] = set()
+        self.undecided: set[nn.Parameter] = set()
         self.problems: dict[nn.Parameter, str] = {}
         self.without_gradients: set[nn.Parameter] = set()
         self.couplings: list[str] = []
@@ -236,20 +244,45 @@ class ParameterUses(TorchFunctionMode):
             return
         name = getattr(func, "__name__", str(func))
         try:
-            shape = outputs[0].shape
             layout = Layout(
-                self.num_examples, shape, self.couplings, self._unsorted, self._is_time_first
+                self.num_examples,
+                outputs[0].shape,
+                self.couplings,
+                self._unsorted,
+                self._is_time_first,
+                are_apart=len({out.grad_fn for out in outputs}) > 1,
             )
-            uses = list(self._uses(func, args, kwargs, layout, wanted))
-        except UnsupportedError as reason:
+            uses: list[Use] = []
+            for choice, tensors in self._by_choice(layout, wanted):
+                chosen = replace(layout, choice=choice)
+                uses += self._uses(func, args, kwargs, chosen, tensors)
+        except Exception as error:  # Whatever a rule makes of a call, it is the reason.
+            reason = f"{name}: {error}"
+            if not isinstance(error, UnsupportedError):
+                reason = f"{name} fails: {reason_of(error)}"
             for tensor in wanted.values():
                 for parameter in self._roots[id(tensor)]:
-                    self.problems.setdefault(parameter, f"{name}: {reason}")
+                    self.problems.setdefault(parameter, reason)
             return
         others = [t for t in _tensors((args, kwargs)) if id(t) not in self._roots]
         versions = [(t, t._version) for t in others if t.is_floating_point()]
         is_in_place = name.endswith("_")
         self._on_operation(Operation(name, outputs, uses, [] if is_in_place else versions))
+
+    def _by_choice(
+        self, layout: Layout, wanted: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Yield the tensors for which the examples are taken to be at the same place."""
+        tensors: dict[int, dict[int, Tensor]] = {}
+        for key, tensor in wanted.items():
+            parameters = self._roots[key]
+            if len(layout.places) > 1:
+                self.ambiguous |= parameters
+            if {Place.FIRST, Place.SECOND} <= set(layout.places):
+                self.undecided |= parameters
+            choice = max(self._choices.get(parameter, 0) for parameter in parameters)
+            tensors.setdefault(choice, {})[key] = tensor
+        yield from tensors.items()
 
     def _uses(
         self,
@@ -272,11 +305,11 @@ class ParameterUses(TorchFunctionMode):
                 if id(weight.tensor) in wanted:
                     found.add(id(weight.tensor))
                     parameters = self._roots[id(weight.tensor)]
-                    yield Use(weight.tensor, parameters, weight.factor, weight.is_by_row)
+                    yield Use(weight.tensor, parameters, weight.factor, weight.row_axis)
         for key, tensor in wanted.items():
             if key not in found:
                 weight = replayed(layout, func, args, kwargs, tensor)
-                yield Use(tensor, self._roots[key], weight.factor, weight.is_by_row)
+                yield Use(tensor, self._roots[key], weight.factor, weight.row_axis)
 
     def _tap(self, module: nn.Module, rule: ModuleRule) -> None:
         """Take the calls of a module whose type has a rule of its own."""

@@ -48,6 +48,14 @@ class _Taps:
 
 
 @dataclass(frozen=True)
+class _Gradients:
+    """Of each direction, those with respect to its taps; and those of each first state."""
+
+    directions: list[tuple[_Taps, list[Tensor]]]
+    states: list[Tensor]
+
+
+@dataclass(frozen=True)
 class _Sequences:
     """What a recurrent layer was given: [T, B, I], and which steps each example has."""
 
@@ -63,7 +71,7 @@ def _layers(cell: Cell, layout: Layout, *args: Any) -> list[Weight]:
     Raises:
         UnsupportedError: If it draws random numbers.
     """
-    is_packed = not isinstance(args[2], list | tuple)
+    is_packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
     data, *rest = args
     sizes = rest.pop(0) if is_packed else None
     states, params, has_biases, num_layers, dropout, train, is_bidirectional, *last = rest
@@ -76,31 +84,36 @@ def _layers(cell: Cell, layout: Layout, *args: Any) -> list[Weight]:
     weights = list(_by_direction(params, has_biases, num_layers * num_directions))
 
     @remembered
-    def gates(deltas: Sequence[Tensor | None]) -> list[tuple[_Weights, _Taps, list[Tensor]]]:
+    def found(deltas: Sequence[Tensor | None]) -> _Gradients:
         return _gradients(cell, given, initial, weights, num_directions, deltas)
 
-    return list(_factors(weights, gates, given.to_examples))
+    return [*_factors(weights, found, given.to_examples), *_of_states(states, found, 1)]
 
 
 def _one_step(cell: Cell, layout: Layout, *args: Any) -> list[Weight]:
     """Return the weights of a single step."""
     data, states, inputs, hidden, *biases = args
     input_bias, hidden_bias = biases if biases else (None, None)
+    if cell is _lstm_cell and layout.are_apart:
+        cell = _lstm_cell_apart
     given = _sequences(layout, data.detach()[None], None, False)
     initial = [state[None] for state in _states(states)]
     weights = [_Weights(inputs, hidden, input_bias, hidden_bias)]
 
     @remembered
-    def gates(deltas: Sequence[Tensor | None]) -> list[tuple[_Weights, _Taps, list[Tensor]]]:
+    def found(deltas: Sequence[Tensor | None]) -> _Gradients:
         lifted = [None, *(None if d is None else d[None] for d in deltas)]
         return _gradients(cell, given, initial, weights, 1, lifted)
 
-    return list(_factors(weights, gates, given.to_examples))
+    return [*_factors(weights, found, given.to_examples), *_of_states(states, found, 0)]
 
 
 def _states(states: Any) -> list[Tensor]:
-    every = states if isinstance(states, list | tuple) else [states]
-    return [widened(state.detach()) for state in every]
+    return [widened(state.detach()) for state in _listed(states)]
+
+
+def _listed(states: Any) -> Sequence[Tensor]:
+    return states if isinstance(states, list | tuple) else [states]
 
 
 def _sequences(
@@ -143,8 +156,9 @@ def _gradients(
     weights: list[_Weights],
     num_directions: int,
     deltas: Sequence[Tensor | None],
-) -> list[tuple[_Weights, _Taps, list[Tensor]]]:
+) -> _Gradients:
     """Compute the recurrence again; return the gradients with respect to all gates."""
+    initial = [state.detach().requires_grad_() for state in initial]
     taps: list[_Taps] = []
     finals: list[list[Tensor]] = []
     with torch.enable_grad(), torch.autocast(given.inputs.device.type, enabled=False):
@@ -161,7 +175,7 @@ def _gradients(
                 finals.append(final)
                 taps.append(tap)
             current = torch.cat(directions, 2) if num_directions > 1 else directions[0]
-    results = [current, *(torch.stack(list(same)) for same in zip(*finals, strict=True))]
+        results = [current, *(torch.stack(list(same)) for same in zip(*finals, strict=True))]
     given_deltas = [None if deltas[0] is None else given.to_steps(deltas[0])]
     given_deltas += [None if d is None else widened(d) for d in deltas[1:]]
     used = [(r, d) for r, d in zip(results, given_deltas, strict=False) if d is not None]
@@ -170,17 +184,17 @@ def _gradients(
         for tap in taps
         for t in (tap.input_gates, tap.hidden_gates, tap.projected)
         if t is not None
-    ]
+    ] + initial
     found = iter(
         torch.autograd.grad(
             [r for r, _ in used], wanted, [d for _, d in used], materialize_grads=True
         )
     )
     sizes = [2 if tap.projected is None else 3 for tap in taps]
-    return [
-        (w, tap, [next(found) for _ in range(size)])
-        for w, tap, size in zip(weights, taps, sizes, strict=True)
+    of_taps = [
+        (tap, [next(found) for _ in range(size)]) for tap, size in zip(taps, sizes, strict=True)
     ]
+    return _Gradients(of_taps, list(found))
 
 
 def _run(
@@ -236,7 +250,7 @@ def _run(
 
 def _factors(
     weights: Sequence[_Weights],
-    gates: Callable[[Any], list[tuple[_Weights, _Taps, list[Tensor]]]],
+    gradients: Callable[[Any], _Gradients],
     to_examples: Callable[[Tensor], Tensor],
 ) -> Iterator[Weight]:
     def outer(delta: Tensor, inputs: Tensor) -> Factor:
@@ -245,19 +259,19 @@ def _factors(
         return Outer(positions[:, None], source[:, None], source.shape[2], lambda x: x).compact()
 
     def of_inputs(at: int, deltas: Any) -> Factor:
-        _, taps, found = gates(deltas)[at]
+        taps, found = gradients(deltas).directions[at]
         return outer(found[0], taps.inputs)
 
     def of_hidden(at: int, deltas: Any) -> Factor:
-        _, taps, found = gates(deltas)[at]
+        taps, found = gradients(deltas).directions[at]
         return outer(found[1], torch.stack(taps.hidden))
 
     def of_projection(at: int, deltas: Any) -> Factor:
-        _, taps, found = gates(deltas)[at]
+        taps, found = gradients(deltas).directions[at]
         return outer(found[2], torch.stack(taps.to_project))
 
     def of_bias(at: int, which: int, deltas: Any) -> Factor:
-        return Dense(to_examples(gates(deltas)[at][2][which]).sum(1))
+        return Dense(to_examples(gradients(deltas).directions[at][1][which]).sum(1))
 
     for at, of in enumerate(weights):
         yield Weight(of.inputs, partial(of_inputs, at))
@@ -267,10 +281,29 @@ def _factors(
         yield Weight(of.project, partial(of_projection, at))
 
 
+def _of_states(
+    states: Any, gradients: Callable[[Any], _Gradients], row_axis: int
+) -> Iterator[Weight]:
+    """Yield the first states, which may be computed from a parameter: a row for each example."""
+
+    def of_state(at: int, deltas: Any) -> Factor:
+        return Dense(gradients(deltas).states[at].transpose(0, 1))
+
+    for at, state in enumerate(_listed(states)):
+        yield Weight(state, partial(of_state, at), row_axis)
+
+
 def _lstm_cell(of_inputs: Tensor, of_hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
     entry, forget, new, out = (of_inputs + of_hidden).chunk(4, -1)
     memory = forget.sigmoid() * states[1] + entry.sigmoid() * new.tanh()
     return [out.sigmoid() * memory.tanh(), memory]
+
+
+def _lstm_cell_apart(of_inputs: Tensor, of_hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """The gradient of the memory has what came through the output already."""
+    memory = _lstm_cell(of_inputs, of_hidden, states)[1]
+    out = (of_inputs + of_hidden).chunk(4, -1)[3]
+    return [out.sigmoid() * memory.detach().tanh(), memory]
 
 
 def _gru_cell(of_inputs: Tensor, of_hidden: Tensor, states: list[Tensor]) -> list[Tensor]:

@@ -364,3 +364,27 @@ def test_gradients_of_two_steps_have_inner_products(tmp_path: Path) -> None:
             scale = float((exact[0] @ exact[1].T).abs().max())
             estimate = log.cross_gram(0, 1)
             np.testing.assert_allclose(estimate, exact[0] @ exact[1].T, atol=0.05 * scale)
+
+
+class OfSequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.mix(x).tanh().mean(1))
+
+
+def test_as_many_steps_as_examples_are_refused_rather_than_guessed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(N, N, 4), torch.arange(N) % 5
+    with pytest.warns(sonde.SondeWarning, match="two axes have the size of the batch"):
+        run = record(tmp_path / "run", OfSequences(), inputs, targets, sizes=[N])
+    coverage = [note for note in run.notes if note["event"] == "coverage"][-1]["parameters"]
+    assert coverage["mix.weight"].startswith("unsupported: two axes")
+    assert coverage["out.weight"] == "exact"
+    model = OfSequences()
+    exact = alone(model, inputs, targets)
+    run = record(tmp_path / "other", model, inputs, targets, sizes=[5, 7])
+    assert_covered(run)
+    assert_close(run.example_gradients.gram(step=0), exact @ exact.T)
