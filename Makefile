@@ -28,6 +28,7 @@ bench: $(VENV)/.bench-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_read.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/example_gradients.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,10 +29,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,27 +42,11 @@ import torchvision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from turns import PLAIN, Case, Costs, Work, measure
 
 import sonde
 
 NEVER = 10**9
-PLAIN = "plain"
-Work = Callable[[], Any]
-Case = Callable[[], AbstractContextManager[Work]]
-"""Sets up what is measured; the work it yields is done once for each measurement."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """CPU seconds of each case by round, and why the others have none."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def ratio(self, name: str) -> float:
-        """Return the median of the ratios to the plain case within a round."""
-        pairs = zip(self.seconds[name], self.seconds[PLAIN], strict=True)
-        return statistics.median(cost / plain for cost, plain in pairs)
 
 
 @dataclass(frozen=True)
@@ -202,37 +185,6 @@ def children_seconds() -> float:
     """Return the CPU time of ended children of this process."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def measure(cases: Mapping[str, Case], rounds: int) -> Costs:
-    """Measure all cases in turn, after each has worked once."""
-    costs = Costs()
-    works: dict[str, Work] = {}
-    with ExitStack() as stack:
-        for name, case in cases.items():
-            try:
-                with ExitStack() as setup:
-                    work = setup.enter_context(case())
-                    work()
-                    stack.push(setup.pop_all())
-            except Exception as error:  # Whatever a peer raises is why it has no row.
-                if name == PLAIN or name.startswith("sonde"):
-                    raise
-                reason = str(error).partition("\n")[0]
-                costs.failures[name] = f"{type(error).__name__}: {reason}"
-            else:
-                works[name] = work
-                costs.seconds[name] = []
-        names = list(works)
-        for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                start = time.process_time()
-                works[name]()
-                costs.seconds[name].append(time.process_time() - start)
-            print(f"\r{', '.join(names)}: round {number + 1} of {rounds}", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return costs
 
 
 def measure_idle(side: int, num_steps: int) -> Costs:

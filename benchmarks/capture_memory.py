@@ -29,13 +29,13 @@ from pathlib import Path
 
 import torch
 import torchvision
+from peak_memory import MIB, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import sonde
 
-MIB = 1 << 20
 STORES: dict[str, Callable[[], sonde.Gram | sonde.Sketch]] = {
     "sonde, Gram()": sonde.Gram,
     "sonde, Sketch(64)": partial(sonde.Sketch, 64),
@@ -43,13 +43,6 @@ STORES: dict[str, Callable[[], sonde.Gram | sonde.Sketch]] = {
 }
 PLAIN = "plain"
 Facts = dict[str, float]
-
-
-def peak_bytes() -> int:
-    """Return the peak of the resident memory of this process."""
-    # Not ru_maxrss, which a process takes over from the one that started it.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def run_forward(model: nn.Module, probe: sonde.Probe) -> None:

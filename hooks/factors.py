@@ -22,6 +22,8 @@ from torch import Tensor
 _BLOCK_BYTES = 16 << 20
 # Of a product of small matrices, one for each example, to one of large matrices: measured.
 _BATCHED_COST = 2.0
+# Of how many values a norm is taken in the type of the gradients.
+_PIECE = 1024
 
 
 class Factor(ABC):
@@ -48,6 +50,11 @@ class Factor(ABC):
     def dtype(self) -> torch.dtype:
         """The type of the gradients."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+
     @abstractmethod
     def sum(self) -> Tensor:
         """Return the sum of the gradients of all examples, flattened, [p]."""
@@ -66,7 +73,7 @@ class Factor(ABC):
 
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each gradient, float64 [n], on the CPU."""
-        return torch.cat([(g.double() ** 2).sum(1).cpu() for _, g in self.blocks()])
+        return torch.cat([row_squares(formed) for _, formed in self.blocks()])
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield gradients of as many examples at once as a block holds."""
@@ -102,6 +109,11 @@ class Dense(Factor):
     def dtype(self) -> torch.dtype:
         """The type of the gradients."""
         return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.values.device
 
     def form(self, rows: slice) -> Tensor:
         """Return the gradients of some examples, [rows, p]."""
@@ -159,6 +171,11 @@ class Outer(Factor):
     def dtype(self) -> torch.dtype:
         """The type of the gradients."""
         return self.delta.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.delta.device
 
     @property
     def is_cheaper_formed(self) -> bool:
@@ -304,6 +321,11 @@ class Rows(Factor):
         """The type of the gradients."""
         return self.values.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.values.device
+
     def form(self, rows: slice) -> Tensor:
         """Return the gradients of some examples, [rows, p]."""
         return self._sum(self.rows[rows], self.values[rows], self.num_rows).flatten(1)
@@ -375,6 +397,11 @@ class Sum(Factor):
         """The type of the gradients."""
         return self.parts[0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.parts[0].device
+
     def form(self, rows: slice) -> Tensor:
         """Return the gradients of some examples, [rows, p]."""
         total = self.parts[0].form(rows)
@@ -426,6 +453,11 @@ class Stacked(Factor):
     def dtype(self) -> torch.dtype:
         """The type of the gradients."""
         return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.parts[0].device
 
     def form(self, rows: slice) -> Tensor:
         """Return the gradients of some examples, [rows, p]."""
@@ -486,6 +518,15 @@ def joined(parts: Sequence[Factor]) -> Factor:
     return Dense(torch.cat([part.form(slice(0, part.num_examples)) for part in parts]))
 
 
+def row_squares(values: Tensor) -> Tensor:
+    """Return the squared norm of each row, float64 [n], on the CPU."""
+    # Norms of pieces, then their sum in float64: converting the values themselves takes longer.
+    split = values.shape[1] // _PIECE * _PIECE
+    pieces, rest = values[:, :split].unflatten(1, (-1, _PIECE)), values[:, split:]
+    norms = torch.cat([_norm(pieces), _norm(rest)[:, None]], 1)
+    return norms.double().square().sum(1).cpu()
+
+
 def self_product(values: Tensor) -> Tensor:
     """Return the inner products of rows, [n, n]."""
     if values.device.type != "cpu":
@@ -493,6 +534,10 @@ def self_product(values: Tensor) -> Tensor:
     # NumPy sees that the result is symmetric, and computes half of it.
     array = values.detach().numpy()
     return torch.from_numpy(array @ array.T)
+
+
+def _norm(values: Tensor) -> Tensor:
+    return cast(Tensor, torch.linalg.vector_norm(values, dim=-1))
 
 
 def _pairs(left: Tensor, right: Tensor) -> Tensor:

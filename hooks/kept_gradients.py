@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from .factors import Factor
+from .factors import Dense, Factor, row_squares
 from .owned_parameters import OwnedParameter
 from .stores import Full, Sketch
 
@@ -24,16 +24,29 @@ def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tenso
     Returns:
         What is kept, [examples, …], and the squared norms, float64 [examples]; on the CPU.
     """
-    if isinstance(store, Sketch):
-        store = Sketch(store.dim, zlib.crc32(f"{store.seed} {name}".encode()))
+    if isinstance(store, Full):
+        return _formed(store, factor)
+    store = Sketch(store.dim, zlib.crc32(f"{store.seed} {name}".encode()))
     values, squares = [], []
     for _, formed in factor.blocks():
-        squares.append((formed.double() ** 2).sum(1).cpu())
-        if isinstance(store, Sketch):
-            values.append(store.part(formed, is_held=False).values.cpu())
-        else:
-            values.append(formed.detach().to("cpu", store.dtype or formed.dtype, copy=True))
+        squares.append(row_squares(formed))
+        values.append(store.part(formed, is_held=False).values.cpu())
     return torch.cat(values), torch.cat(squares)
+
+
+def _formed(store: Full, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Return the gradients themselves, which nothing else holds, and their squared norms."""
+    dtype = store.dtype or factor.dtype
+    if factor.device.type == "cpu" and dtype == factor.dtype:
+        formed = factor.form(slice(0, factor.num_examples)).detach()
+        # What is formed already may lie in what autograd goes on with.
+        return formed.clone() if isinstance(factor, Dense) else formed, row_squares(formed)
+    values = torch.empty(factor.num_examples, factor.num_parameters, dtype=dtype)
+    squares = []
+    for rows, formed in factor.blocks():
+        squares.append(row_squares(formed))
+        values[rows] = formed.detach().to("cpu", dtype)
+    return values, torch.cat(squares)
 
 
 class KeptGradients:
@@ -80,6 +93,9 @@ class KeptGradients:
             (self.parameters, parameter.name) if is_full else (self.layers, parameter.layer)
         )
         shape = parameter.tensor.shape if is_full else values.shape[1:]
+        if name not in kept and len(values) == self._num_examples:
+            kept[name] = values.reshape(-1, *shape)
+            return
         if name not in kept:
             kept[name] = values.new_zeros(self._num_examples, *shape)
         kept[name][rows] += values.reshape(-1, *shape)

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -79,19 +80,25 @@ class Probe:
         self._inputs: Inputs | None = None
         if dataset is not None and not in_memory:
             self.num_examples = dataset.num_examples
-            targets, self._input_digest = self._read_through(dataset)
+            targets, self._read_digest = self._read_through(dataset)
         else:
             if dataset is not None:
                 inputs, targets = dataset.read(slice(None))
             self._inputs = _as_inputs(inputs)
             self.num_examples = _common_length(self._inputs)
-            self._input_digest = digest([_as_bytes(tensor) for tensor in _tensors(self._inputs)])
         self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
         if self.targets is not None and len(self.targets) != self.num_examples:
             raise InvalidInputError(
                 f"`targets` has {len(self.targets)} examples, `inputs` {self.num_examples}"
             )
+
+    @cached_property
+    def _input_digest(self) -> str:
+        # Only once it is asked for: of many examples it takes longer than a small model does.
+        if self._inputs is None:
+            return self._read_digest
+        return digest([_as_bytes(tensor) for tensor in _tensors(self._inputs)])
 
     @property
     def inputs(self) -> Inputs:
