@@ -27,6 +27,7 @@ from .live_examples import describe_examples
 from .measures.base import Observation, Recording
 from .owned_parameters import OwnedParameter
 from .parameter_uses import Operation, ParameterUses
+from .select import layers_of
 from .stores import Full, Gram, Sketch
 from .taps import add_hook, is_recomputing
 from .training import MicroBatch, TrainingStep
@@ -114,6 +115,8 @@ class LiveGradients(Observation):
         self._depth = 0
         self._is_using = False
         self._uses: ParameterUses | None = None
+        owners = {parameter.layer for parameter in self._parameters.values()}
+        step.axes.watch({name: m for name, m in layers_of(model).items() if name in owners})
         self._stack = ExitStack()
         self._stack.callback(add_hook(model, self._enter, is_before=True))
         self._stack.callback(add_hook(model, self._leave, is_last=True))
@@ -216,7 +219,12 @@ class LiveGradients(Observation):
                     self._problems[tensor] = "the number of examples is not known"
                 return
             take = partial(self._take, one.micro_batch)
-            choices = dict.fromkeys(self._parameters, 1 if self._step.axes.batch_dim == 1 else 0)
+            axes = self._step.axes
+            # Where sizes do not tell, a run on fewer examples has told.
+            choices = {
+                tensor: int(axes.is_time_first(parameter.layer))
+                for tensor, parameter in self._parameters.items()
+            }
             uses = ParameterUses(self._model, self._parameters, take, size, choices)
             uses.__enter__()
             self._uses = uses
@@ -232,12 +240,10 @@ class LiveGradients(Observation):
         self._error = self._error or uses.error
         for tensor, reason in uses.problems.items():
             self._problems.setdefault(tensor, reason)
-        if self._step.axes.batch_dim == 0:
+        if self._step.axes.problem is not None:
             # The sum of wrong per-example gradients is right as well, so nothing else would tell.
             for tensor in uses.undecided:
-                reason = (
-                    "two axes have as many entries as there are examples; change the batch size"
-                )
+                reason = "two axes have the size of the batch; take another batch size"
                 self._problems.setdefault(tensor, reason)
         self._couplings += uses.couplings
 

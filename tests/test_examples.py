@@ -12,8 +12,8 @@ import pytest
 import sonde
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-# Has tests of its own, as it draws, exports and takes longer.
-TESTED_ELSEWHERE = {"quickstart"}
+# These have tests of their own: one draws, exports and takes longer, the other runs on two ranks.
+TESTED_ELSEWHERE = {"quickstart", "accelerate_digits"}
 EXAMPLES = {
     "ignite_engine": "stiffness",
     "lbfgs": "stiffness",

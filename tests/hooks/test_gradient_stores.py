@@ -270,10 +270,10 @@ def linear() -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"store": sonde.Gram(block=4)}, "`store` must be Gram.. without blocks"),
+        ({"store": sonde.Gram(block=4)}, "`store` must be Gram.., without blocks"),
         (
             {"store": sonde.Full(pool="mean")},
-            "`store` must be Full.. or Full.dtype.: gradients have no",
+            "`store` must be Full.. or Full.dtype. of gradients",
         ),
         ({"store": "gram"}, "`store` .='gram'. must be Gram.., Sketch.dim. or Full"),
         ({"others": torch.zeros(3, 4)}, "`others` must be a Probe, or a pair"),

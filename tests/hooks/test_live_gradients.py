@@ -367,24 +367,38 @@ def test_gradients_of_two_steps_have_inner_products(tmp_path: Path) -> None:
 
 
 class OfSequences(nn.Module):
-    def __init__(self) -> None:
+    """A layer that sees (steps, examples), or (examples, steps)."""
+
+    def __init__(self, *, is_time_first: bool, is_plain: bool = True) -> None:
         super().__init__()
         self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 5)
+        self.is_time_first, self.is_plain = is_time_first, is_plain
 
     def forward(self, x: Tensor) -> Any:
-        return self.out(self.mix(x).tanh().mean(1))
+        if not self.is_plain and len(x) < N:
+            raise ValueError("too few")
+        x = x.transpose(0, 1) if self.is_time_first else x
+        return self.out(
+            self.mix(x).tanh().cumsum(int(not self.is_time_first)).mean(int(not self.is_time_first))
+        )
 
 
-def test_as_many_steps_as_examples_are_refused_rather_than_guessed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_time_first", [False, True])
+def test_as_many_steps_as_examples_are_told_apart(is_time_first: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs, targets = torch.randn(N, N, 4), torch.arange(N) % 5
+    model = OfSequences(is_time_first=is_time_first)
+    exact = alone(model, inputs, targets)
+    run = record(tmp_path / "run", model, inputs, targets, sizes=[N])
+    assert_covered(run)
+    assert_close(run.example_gradients.gram(step=0), exact @ exact.T)
+
+
+def test_axes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    inputs, targets = torch.randn(N, N, 4), torch.arange(N) % 5
+    model = OfSequences(is_time_first=False, is_plain=False)
     with pytest.warns(sonde.SondeWarning, match="two axes have the size of the batch"):
-        run = record(tmp_path / "run", OfSequences(), inputs, targets, sizes=[N])
+        run = record(tmp_path / "run", model, inputs, targets, sizes=[N])
     coverage = [note for note in run.notes if note["event"] == "coverage"][-1]["parameters"]
     assert coverage["mix.weight"].startswith("unsupported: two axes")
     assert coverage["out.weight"] == "exact"
-    model = OfSequences()
-    exact = alone(model, inputs, targets)
-    run = record(tmp_path / "other", model, inputs, targets, sizes=[5, 7])
-    assert_covered(run)
-    assert_close(run.example_gradients.gram(step=0), exact @ exact.T)
