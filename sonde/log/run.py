@@ -308,9 +308,14 @@ class Run:
         return [writer.tables[source] for writer in latest_first if source in writer.tables]
 
     def _retry(self, read: Callable[[], _Result]) -> _Result:
-        try:
-            return read()
-        except FileNotFoundError:
-            # The journal was sealed since it was listed.
-            self.refresh()
-            return read()
+        gone: set[str] = set()
+        while True:
+            try:
+                return read()
+            except FileNotFoundError as error:
+                # A journal was sealed since it was listed. Meanwhile another may be, but none that
+                # was found gone is listed again, unless it is lost for good.
+                if error.filename in gone:
+                    raise
+                gone.add(error.filename)
+                self.refresh()

@@ -646,3 +646,22 @@ def test_measures_with_awkward_names_are_reached_by_brackets(run_path: Path) -> 
     run = open_run(run_path)
     assert [run[name].array("a").tolist() for name in run.measures] == [[0, 1]] * 3
     assert run.steps() == [0]
+
+
+def test_a_read_goes_on_while_one_journal_after_the_other_is_sealed(run_path: Path) -> None:
+    writer = LogWriter(run_path, seal=False)
+    for step in range(3):
+        writer.append("losses", "training", step, [LogArray("loss", np.full(2, step), ("x",))])
+    writer.close()
+    run = open_run(run_path)
+    names = iter(["one", "two", "three"])
+
+    def read() -> str:
+        name = next(names)
+        if name != "three":
+            raise FileNotFoundError(2, "gone", name)
+        return name
+
+    assert run._retry(read) == "three"
+    with pytest.raises(FileNotFoundError):
+        run._retry(lambda: (run_path / "lost").read_text())
