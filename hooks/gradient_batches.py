@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from sonde.exceptions import InvalidInputError
 
 from .factors import Dense, Factor, summed
+from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError
 from .losses import Loss, example_losses
 from .parameter_uses import Operation, ParameterUses, Use
@@ -55,6 +56,7 @@ def batch_gradients(
     targets: Tensor | None,
     num_examples: int,
     wanted: Iterable[nn.Parameter],
+    held: HeldParameters,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
 
@@ -65,6 +67,7 @@ def batch_gradients(
         targets: One target per example.
         num_examples: The number of examples.
         wanted: The parameters.
+        held: What stands for the parameters of the model.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -80,7 +83,7 @@ def batch_gradients(
         operations.append(operation)
 
     wanted = list(wanted)
-    uses = ParameterUses(model, wanted, take, num_examples)
+    uses = ParameterUses(model, wanted, take, num_examples, held)
     with torch.enable_grad():
         with uses:
             outputs = call(model, inputs)
@@ -92,8 +95,9 @@ def batch_gradients(
     result = BatchGradients(num_examples, couplings=uses.couplings, losses=losses)
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
-    with torch.no_grad():
+    with torch.no_grad(), GatheredValues(model) as values:
         for operation, of_operation in zip(operations, edges, strict=True):
+            values.gather(p for use in operation.uses for p in use.parameters)
             deltas = [None if edge is None else next(found) for edge in of_operation]
             add_operation(operation, deltas, parts, result.problems)
     for parameter in wanted:
@@ -187,9 +191,9 @@ def _loss_of(
 
 def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]]:
     """Take the gradients of what a parameter was made into on to the parameter."""
-    if isinstance(use.tensor, nn.Parameter):
-        return [(use.tensor, factor)]
     parameters = list(use.parameters)
+    if isinstance(use.tensor, nn.Parameter):
+        return [(parameters[0], factor)]
     row_bytes = max(1, use.tensor.nbytes) * (factor.num_examples if use.is_by_row else 1)
     size = max(1, _CHAIN_BYTES // row_bytes)
     found: list[list[Tensor]] = [[] for _ in parameters]
@@ -206,7 +210,7 @@ def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]
         with torch.enable_grad():
             gradients = torch.autograd.grad(
                 use.tensor,
-                parameters,
+                list(use.parameters.values()),
                 formed.reshape(len(formed), *shape).to(use.tensor.dtype),
                 retain_graph=True,
                 is_grads_batched=True,
