@@ -23,12 +23,14 @@ from .factors import Factor, joined
 from .gradient_batches import BatchGradients, batch_gradients
 from .gradient_checks import differing
 from .gradient_fallback import fallback_gradients
+from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
 from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
 from .probes import Probe, device_of, undisturbed
 from .select import Selector, select_layers
+from .sharding import gradients_unsynced, let_go_of_gathered
 from .stores import Full, Gram, Sketch, Store
 from .taps import tensor_leaves
 
@@ -149,7 +151,8 @@ def example_gradients(
     if len(probes) > 1 and not isinstance(kept, Gram):
         raise InvalidInputError(f"`others` takes inner products, which {kept!r} does not keep")
     selected = None if layers is None else select_layers(model, layers)
-    with undisturbed(model):
+    with undisturbed(model), gradients_unsynced(model):
+        let_go_of_gathered(model)  # Such as those that a validation has left.
         return _Evaluation(model, loss, probes, kept, memory).run(owned_parameters(model, selected))
 
 
@@ -184,6 +187,7 @@ class _Evaluation:
         self._probes = probes
         self._store = store
         self._memory = memory
+        self._held = HeldParameters(model)
         self._verdicts = _verdicts.setdefault(model, {})
         self._problems: Problems = {}
         self._unsupported: Problems = {}
@@ -293,6 +297,7 @@ class _Evaluation:
                 targets,
                 num_examples,
                 [p.tensor for p in remaining],
+                self._held,
                 {p.tensor: verdict.choices.get(p.name, 0) for p in remaining},
             )
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
@@ -319,7 +324,9 @@ class _Evaluation:
             p for p in parameters if p.tensor in batch.factors and p.name not in verdict.checked
         ]
         if unchecked:
-            reasons |= differing(self._model, self._loss, probe, start, batch, unchecked)
+            reasons |= differing(
+                self._model, self._loss, probe, start, batch, unchecked, self._held
+            )
         again = []
         for parameter in parameters:
             choice = verdict.choices.get(parameter.name, 0) + 1
@@ -353,7 +360,7 @@ class _Evaluation:
                 self._unsupported[parameter.name] = f"{rule}; {reason}"
             return {}
         formed = BatchGradients(num_examples, factors)
-        differ = differing(self._model, self._loss, probe, start, formed, parameters)
+        differ = differing(self._model, self._loss, probe, start, formed, parameters, self._held)
         for parameter in parameters:
             if parameter.tensor in differ:
                 self._unsupported[parameter.name] = differ[parameter.tensor]

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from sonde.exceptions import InvalidInputError
 
 from .factors import Dense, Factor, summed
+from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
 from .losses import Loss, example_losses
 from .parameter_uses import Operation, ParameterUses, Use
@@ -57,6 +58,7 @@ def batch_gradients(
     targets: Tensor | None,
     num_examples: int,
     wanted: Iterable[nn.Parameter],
+    held: HeldParameters,
     choices: Mapping[nn.Parameter, int] | None = None,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
@@ -68,6 +70,7 @@ def batch_gradients(
         targets: One target per example.
         num_examples: The number of examples.
         wanted: The parameters.
+        held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Raises:
@@ -84,7 +87,7 @@ def batch_gradients(
         operations.append(operation)
 
     wanted = list(wanted)
-    uses = ParameterUses(model, wanted, take, num_examples, choices)
+    uses = ParameterUses(model, wanted, take, num_examples, held, choices)
     with torch.enable_grad():
         with uses:
             outputs = call(model, inputs)
@@ -98,8 +101,9 @@ def batch_gradients(
     )
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
-    with torch.no_grad():
+    with torch.no_grad(), GatheredValues(model) as values:
         for operation, of_operation in zip(operations, edges, strict=True):
+            values.gather(p for use in operation.uses for p in use.parameters)
             deltas = [None if edge is None else next(found) for edge in of_operation]
             add_operation(operation, deltas, parts, result.problems)
     for parameter in wanted:
@@ -195,9 +199,9 @@ def _loss_of(
 
 def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]]:
     """Take the gradients of what a parameter was made into on to the parameter."""
-    if isinstance(use.tensor, nn.Parameter):
-        return [(use.tensor, factor)]
     parameters = list(use.parameters)
+    if isinstance(use.tensor, nn.Parameter):
+        return [(parameters[0], factor)]
     row_bytes = max(1, use.tensor.nbytes) * (1 if use.row_axis is None else factor.num_examples)
     size = max(1, _CHAIN_BYTES // row_bytes)
     found: list[list[Tensor]] = [[] for _ in parameters]
@@ -213,7 +217,7 @@ def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]
             by_row[example, rows.start + example] = formed.reshape(-1, *by_row.shape[2:])
             formed = outer
         formed = formed.reshape(len(formed), *shape).to(use.tensor.dtype)
-        gradients = _taken_on(use.tensor, parameters, formed)
+        gradients = _taken_on(use.tensor, list(use.parameters.values()), formed)
         for part, gradient in zip(found, gradients, strict=True):
             part.append(gradient)
     return [(p, Dense(torch.cat(part))) for p, part in zip(parameters, found, strict=True)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_batches import BatchGradients, loss_of_model
+from .held_parameters import HeldParameters
 from .layouts import reason_of
 from .losses import Loss
 from .owned_parameters import OwnedParameter
@@ -34,6 +35,7 @@ def differing(
     start: int,
     batch: BatchGradients,
     parameters: Sequence[OwnedParameter],
+    held: HeldParameters,
 ) -> dict[nn.Parameter, str]:
     """Return which parameters' gradients differ from those of examples alone, and why.
 
@@ -44,15 +46,18 @@ def differing(
         start: The first example of the batch in the probe.
         batch: The gradients of a batch of it.
         parameters: Those to check, each with gradients in the batch.
+        held: What stands for the parameters of the model.
     """
     # Gradients are largest, and rounding matters least, where the loss is.
     losses = torch.zeros(batch.num_examples) if batch.losses is None else batch.losses
     largest = losses.nan_to_num().topk(min(_NUM_CHECKED, batch.num_examples)).indices.tolist()
     tensors = [parameter.tensor for parameter in parameters]
+    # With sharded parameters no graph reaches those; the layers' own were seen in the batch.
+    of_layers = [held.held_for(tensor) for tensor in tensors]
     differ: dict[nn.Parameter, str] = {}
     for row in largest:
         try:
-            alone = _gradients_alone(model, loss, probe, start + row, tensors)
+            alone = _gradients_alone(model, loss, probe, start + row, of_layers)
         except Exception as error:  # Whatever a model does to a batch of one, it is the reason.
             reason = f"one example alone fails: {reason_of(error)}"
             return dict.fromkeys(tensors, reason)

@@ -22,6 +22,7 @@ from sonde.log import LogArray
 
 from .factors import Factor, joined, summed
 from .gradient_batches import add_operation, root_of
+from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .live_examples import describe_examples
 from .measures.base import Observation, Recording
@@ -102,6 +103,8 @@ class LiveGradients(Observation):
         self._step = step
         self._model = model
         self._parameters = {p.tensor: p for p in parameters if p.tensor.requires_grad}
+        self._held = HeldParameters(model)
+        self._settling: set[nn.Parameter] = set()
         self._frozen = [p for p in parameters if not p.tensor.requires_grad]
         self._store = store
         self._free_bytes = memory
@@ -121,8 +124,7 @@ class LiveGradients(Observation):
         self._stack.callback(add_hook(model, self._enter, is_before=True))
         self._stack.callback(add_hook(model, self._leave, is_last=True))
         for tensor in self._parameters:
-            hook = self._guarded(partial(self._settle, tensor))
-            self._stack.callback(tensor.register_hook(hook).remove)
+            self._settle_with(tensor, tensor)
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -178,7 +180,7 @@ class LiveGradients(Observation):
                 "largest_difference": worst / total if total else worst,
             }
         else:
-            attributes["sum_check"] = "no gradient of a parameter was seen, as under FSDP"
+            attributes["sum_check"] = "no gradient of a parameter was seen"
         if self._couplings:
             attributes["coupled"] = (
                 f"{self._couplings[0]} couple the examples: a row is the contribution of its "
@@ -225,7 +227,7 @@ class LiveGradients(Observation):
                 tensor: int(axes.is_time_first(parameter.layer))
                 for tensor, parameter in self._parameters.items()
             }
-            uses = ParameterUses(self._model, self._parameters, take, size, choices)
+            uses = ParameterUses(self._model, self._parameters, take, size, self._held, choices)
             uses.__enter__()
             self._uses = uses
         except Exception as error:
@@ -247,12 +249,22 @@ class LiveGradients(Observation):
                 self._problems.setdefault(tensor, reason)
         self._couplings += uses.couplings
 
+    def _settle_with(self, tensor: nn.Parameter, held: nn.Parameter) -> None:
+        """Settle a parameter as the gradient of what its layer holds of it arrives."""
+        self._settling.add(held)
+        hook = self._guarded(partial(self._settle, tensor))
+        self._stack.callback(held.register_hook(hook).remove)
+
     def _take(self, micro_batch: MicroBatch, operation: Operation) -> None:
         """Wait for the gradients of an operation's outputs."""
         seen = _Seen(operation, micro_batch, [None] * len(operation.outputs))
         for use in operation.uses:
-            for tensor in use.parameters & self._parameters.keys():
+            for tensor in use.parameters.keys() & self._parameters.keys():
                 self._pending[tensor].append(seen)
+                held = use.parameters[tensor]
+                if held not in self._settling:
+                    # No gradient arrives at a sharded one: it is made of those of all ranks.
+                    self._settle_with(tensor, held)
         for at, output in enumerate(operation.outputs):
             if output.requires_grad:
                 root_of(output).register_hook(self._guarded(partial(self._take_delta, seen, at)))
@@ -268,7 +280,8 @@ class LiveGradients(Observation):
             return
         seen.deltas[at] = delta.detach()
         self._delta_dtypes.add(delta.dtype)
-        if len(seen.deltas) == 1:
+        if len(seen.deltas) == 1 and not seen.operation.is_gathered:
+            # The values of gathered parameters are there when their own gradient arrives.
             self._use(seen)
 
     def _use(self, seen: _Seen) -> None:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .factors import Factor
 from .gradient_rules import RULES, replayed
+from .held_parameters import HeldParameters
 from .layouts import Deltas, Layout, Place, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
 from .taps import add_hook
@@ -43,14 +44,15 @@ class Use:
 
     Attributes:
         tensor: The parameter, or what was computed.
-        parameters: The parameters it was computed from.
+        parameters: The parameters of the model it was computed from, each with what its layer held
+            of it, which is itself unless it is sharded.
         factor: Makes the gradients with respect to the tensor of those to the outputs.
         row_axis: The axis along which the tensor has a row for each example, whose gradient is in
             its own row; None where it has none.
     """
 
     tensor: Tensor
-    parameters: frozenset[nn.Parameter]
+    parameters: Mapping[nn.Parameter, nn.Parameter]
     factor: Callable[[Deltas], Factor]
     row_axis: int | None = None
 
@@ -76,6 +78,11 @@ class Operation:
         """The shapes of its outputs."""
         return [out.shape for out in self.outputs]
 
+    @property
+    def is_gathered(self) -> bool:
+        """Whether its parameters are sharded, and were gathered for the time of the operation."""
+        return any(p is not held for use in self.uses for p, held in use.parameters.items())
+
     def check(self) -> None:
         """Refuse inputs that are not what they were.
 
@@ -94,6 +101,7 @@ class ParameterUses(TorchFunctionMode):
         wanted: The parameters whose uses are reported.
         on_operation: Called with each operation that uses one of them. It must not raise.
         num_examples: The number of examples of a forward pass.
+        held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
 
     Attributes:
@@ -111,9 +119,11 @@ class ParameterUses(TorchFunctionMode):
         wanted: Iterable[nn.Parameter],
         on_operation: Callable[[Operation], None],
         num_examples: int,
+        held: HeldParameters,
         choices: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
         super().__init__()
+        self._held = held
         self._model = model
         self._wanted = frozenset(wanted)
         self._on_operation = on_operation
@@ -125,7 +135,7 @@ class ParameterUses(TorchFunctionMode):
         self.without_gradients: set[nn.Parameter] = set()
         self.couplings: list[str] = []
         self.error: Exception | None = None
-        self._roots: dict[int, frozenset[nn.Parameter]] = {}
+        self._roots: dict[int, Mapping[nn.Parameter, nn.Parameter]] = {}
         self._constants: set[int] = set()
         # An identity is only that of one tensor while it lives.
         self._kept: list[Tensor] = []
@@ -205,7 +215,7 @@ class ParameterUses(TorchFunctionMode):
         self._keep_new_parameters(tensors)
         tracked = [t for t in tensors if id(t) in self._roots]
         if len(tracked) + sum(id(t) in self._constants for t in tensors) == len(tensors):
-            parameters = frozenset().union(*(self._roots[id(t)] for t in tracked))
+            parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
             for out in outputs:
                 self._keep(out, parameters)
         elif tracked and torch.is_grad_enabled():
@@ -213,18 +223,20 @@ class ParameterUses(TorchFunctionMode):
         elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
 
-    def _keep(self, tensor: Tensor, parameters: frozenset[nn.Parameter] | None = None) -> None:
+    def _keep(
+        self, tensor: Tensor, parameters: Mapping[nn.Parameter, nn.Parameter] | None = None
+    ) -> None:
         """Remember what a tensor is computed from."""
         self._kept.append(tensor)
         if not tensor.requires_grad:
             self._constants.add(id(tensor))
         elif parameters is None and isinstance(tensor, nn.Parameter):
-            self._roots[id(tensor)] = frozenset([tensor])
+            self._roots[id(tensor)] = {self._held.owner_of(tensor): tensor}
         else:
-            self._roots[id(tensor)] = parameters or frozenset()
+            self._roots[id(tensor)] = parameters or {}
 
     def _keep_new_parameters(self, tensors: Sequence[Tensor]) -> None:
-        """Notice parameters that a module was given meanwhile, such as those of lazy layers."""
+        """Notice parameters that a module was given meanwhile, such as gathered ones."""
         for tensor in tensors:
             is_known = id(tensor) in self._roots or id(tensor) in self._constants
             if isinstance(tensor, nn.Parameter) and not is_known:
@@ -239,7 +251,7 @@ class ParameterUses(TorchFunctionMode):
         tracked: list[Tensor],
     ) -> None:
         """Report an operation that brings tracked tensors together with examples."""
-        wanted = {id(t): t for t in tracked if self._roots[id(t)] & self._wanted}
+        wanted = {id(t): t for t in tracked if self._roots[id(t)].keys() & self._wanted}
         if not wanted or not any(out.requires_grad for out in outputs):
             return
         name = getattr(func, "__name__", str(func))
@@ -277,9 +289,9 @@ class ParameterUses(TorchFunctionMode):
         for key, tensor in wanted.items():
             parameters = self._roots[key]
             if len(layout.places) > 1:
-                self.ambiguous |= parameters
+                self.ambiguous |= parameters.keys()
             if {Place.FIRST, Place.SECOND} <= set(layout.places):
-                self.undecided |= parameters
+                self.undecided |= parameters.keys()
             choice = max(self._choices.get(parameter, 0) for parameter in parameters)
             tensors.setdefault(choice, {})[key] = tensor
         yield from tensors.items()
@@ -316,6 +328,8 @@ class ParameterUses(TorchFunctionMode):
 
         def enter(*_: Any) -> None:
             self._depth += 1
+            for parameter in module.parameters():
+                self._held.owner_of(parameter)  # After the call a sharded one is let go of.
 
         def leave(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             self._depth -= 1
@@ -331,7 +345,9 @@ class ParameterUses(TorchFunctionMode):
         self._stack.callback(add_hook(module, leave, is_last=True))
 
     def _report_module(self, module: nn.Module, rule: ModuleRule, given: Any, output: Any) -> None:
-        parameters = [p for p in module.parameters() if p.requires_grad and p in self._wanted]
+        owners = {p: self._held.owner_of(p) for p in module.parameters() if p.requires_grad}
+        parameters = [owner for owner in owners.values() if owner in self._wanted]
+        held = {owner: self._held.held_for(owner) for owner in parameters}
         if not parameters or not torch.is_grad_enabled():
             return
         if not isinstance(given, Tensor) or not isinstance(output, Tensor):
@@ -340,9 +356,9 @@ class ParameterUses(TorchFunctionMode):
                 self.problems.setdefault(parameter, reason)
             return
         uses = [
-            Use(parameter, frozenset([parameter]), factor)
+            Use(held[owner], {owner: held[owner]}, factor)
             for parameter, factor in uses_of(module, rule, given.detach(), self.num_examples)
-            if parameter in self._wanted
+            if (owner := owners.get(parameter)) in held
         ]
         name = type(module).__name__
         self._on_operation(Operation(name, [output], uses, [(given, given._version)]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -139,6 +140,36 @@ def let_go_of_gathered(model: nn.Module) -> None:
         module.reshard()
 
 
+@contextmanager
+def gradients_unsynced(model: nn.Module) -> Iterator[None]:
+    """Let backward passes leave alone what a training with sharded parameters has accumulated.
+
+    The end of one makes the ranks add up whatever gradients there are, those of micro-batches
+    before it, too.
+    """
+    groups = [group for module in _sharded_modules(model) for group in _groups_of(module)]
+    before = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
+    try:
+        for group in groups:
+            group.reduce_grads = group.all_reduce_grads = False
+        yield
+    finally:
+        for group, (reduces, all_reduces) in zip(groups, before, strict=True):
+            group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
+
+
+def sharding_modules(model: nn.Module) -> dict[nn.Parameter, Any]:
+    """Return which module shards each sharded parameter of a model; none is, but under FSDP2.
+
+    Args:
+        model: The model, while no pass of it runs.
+    """
+    # A module comes before those within, which shard their parameters themselves.
+    return {
+        parameter: module for module in _sharded_modules(model) for parameter in module.parameters()
+    }
+
+
 def tell_all(said: _Said) -> list[_Said]:
     """Return what every rank says, in their order; each waits for all others."""
     everything: list[Any] = [None] * torch.distributed.get_world_size()
@@ -228,6 +259,14 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     if fsdp is None or not is_distributed():
         return []
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _groups_of(module: Any) -> list[Any]:
+    # `set_requires_gradient_sync` sets the same, but nothing public tells what it was.
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _listed(sources: Sequence[tuple[str, str, Any]]) -> str:

@@ -20,12 +20,11 @@ from sonde.hooks import Recorder
 from sonde.hooks.config import Config, as_config
 
 from ._batches import tell_batches
-from ._starting import guarded
+from ._starting import guarded, stepping_optimizer
 
 try:
     from accelerate import Accelerator
     from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
-    from accelerate.optimizer import AcceleratedOptimizer
 except ImportError as error:
     raise MissingExtraError("accelerate", "accelerate") from error
 
@@ -74,7 +73,7 @@ def attach(
         raise InvalidInputError(
             f"`accelerator` is a {type(accelerator).__name__}; expected an accelerate.Accelerator"
         )
-    inner = _inner(optimizer)
+    inner = stepping_optimizer(optimizer)
     if isinstance(config, Recorder):
         recorder, made = config, _beside(config, options)
         if not recorder.is_attached:
@@ -106,13 +105,6 @@ def _beside(recorder: Recorder, options: dict[str, Any]) -> Config:
             "already; only `id_key` and `reduction` can be given with one"
         )
     return Config(recorder.path, **options)
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that really steps: its wrapper lets accumulated steps pass."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _tell_losses(

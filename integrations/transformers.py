@@ -15,7 +15,7 @@ from sonde.hooks.config import Config, as_config
 from sonde.hooks.taps import add_hook
 
 from ._batches import tell_batches
-from ._starting import guarded, start_recorder
+from ._starting import guarded, start_recorder, stepping_optimizer
 
 try:
     from transformers import TrainerCallback
@@ -89,7 +89,7 @@ class SondeCallback(TrainerCallback):
         self.close()
         model = kwargs["model"]
         self.recorder = start_recorder(
-            self._config, model, _inner(kwargs["optimizer"]), _saved(state)
+            self._config, model, stepping_optimizer(kwargs["optimizer"]), _saved(state)
         )
         if self._config.id_key is not None:
             self._ends.append(tell_batches(self.recorder, model, self._config.id_key))
@@ -181,15 +181,6 @@ class SondeCallback(TrainerCallback):
         if self.recorder is not None:
             with guarded(self.recorder, "the checkpoint lacks the recorder's state"):
                 _states(state)[_STATE] = self.recorder.state_dict(sync=sync)
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that really steps: its wrapper lets accumulated steps pass."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = cast(torch.optim.Optimizer, optimizer.optimizer)
-    return optimizer
 
 
 def _saved(state: TrainerState) -> Mapping[str, Any] | None:

@@ -19,6 +19,12 @@ TIMEOUT_SECONDS = 150
 RunRanks: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "trained" in metafunc.fixturenames:
+        num_ranks = [2, 4] if metafunc.config.getoption("--full") else [2]
+        metafunc.parametrize("trained", num_ranks, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
     """Run a worker script on several processes, and see that there were as many."""

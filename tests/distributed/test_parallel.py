@@ -46,12 +46,6 @@ class Trained:
         return loaded
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "trained" in metafunc.fixturenames:
-        num_ranks = [2, 4] if metafunc.config.getoption("--full") else [2]
-        metafunc.parametrize("trained", num_ranks, indirect=True, scope="module")
-
-
 @pytest.fixture(scope="module")
 def trained(
     request: pytest.FixtureRequest, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
@@ -75,7 +69,7 @@ kinds = pytest.mark.parametrize("kind", parallel.KINDS)
 
 
 @kinds
-@pytest.mark.parametrize("recorded", ["probes", "training", "gradients"])
+@pytest.mark.parametrize("recorded", ["probes", "training"])
 def test_training_is_the_same_to_the_last_bit(trained: Trained, kind: str, recorded: str) -> None:
     expected = trained.results(kind, "nothing")
     actual = trained.results(kind, recorded)
@@ -196,27 +190,3 @@ def test_a_sharded_probe_needs_ranks_that_can_talk(
     measures = [sonde.Predictions(sonde.Probe(torch.ones(3, 2, 7), sharded=True))]
     with pytest.raises(InvalidInputError, match=r"is sharded, but the ranks cannot talk .*init_pr"):
         sonde.Recorder(tmp_path / "run", parallel.build("one process"), measures)
-
-
-def test_gradients_of_a_probe_under_ddp_are_those_of_one_process(
-    trained: Trained, tmp_path: Path
-) -> None:
-    measures = parallel.gradient_measures()
-    with sonde.Recorder(tmp_path / "run", parallel.build("one process"), measures) as recorder:
-        with pytest.warns(sonde.SondeWarning, match="lacks mix.weight"):
-            recorder.measure()
-    expected = sonde.open_run(tmp_path / "run").example_gradients
-    actual = trained.run("ddp", "gradients").example_gradients
-    assert actual.steps == STEPS
-    assert actual.layers == expected.layers
-    np.testing.assert_allclose(actual.gram(0), expected.gram(0), rtol=1e-4)
-
-
-@pytest.mark.xfail(reason="gradients of one example alone are not read from sharded parameters")
-def test_gradients_of_a_probe_with_sharded_parameters_are_those_under_ddp(
-    trained: Trained,
-) -> None:
-    ddp, fsdp = (trained.run(kind, "gradients") for kind in parallel.KINDS)
-    np.testing.assert_allclose(
-        fsdp.example_gradients.gram(0), ddp.example_gradients.gram(0), rtol=1e-4
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,147 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
 
 import sonde
-from sonde.exceptions import RunExistsError, SondeWarning
+from sonde.exceptions import SondeWarning
 from sonde.integrations.lightning import SondeCallback
 
-from .trainings import (
-    NUM_EXAMPLES,
-    alone,
-    assert_same_log,
-    assert_same_training,
-    body,
-    data,
-    measures,
-    smooth_body,
-    state_of,
-)
+from .lightning_trainings import Loader, Module, in_band, order, quiet, train
+from .trainings import alone, assert_same_training, data, measures, state_of
 
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning's own way with torch of today; then advice on speed and on what is left out.
-    "ignore:.*LeafSpec:FutureWarning",
-    "ignore:You defined a `validation_step` but have no",
-    "ignore:.*does not have many workers",
-    "ignore:.*The number of training batches",
-    "ignore:.*Checkpoint directory",
-    "ignore:.*callbacks used to create the checkpoint",
-)
-
-
-def order() -> Tensor:
-    """The order of the examples, the same in each epoch."""
-    return torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(0))
-
-
-class Loader:
-    """Batches that go on where a state says."""
-
-    def __init__(self, *, as_tuples: bool = False) -> None:
-        self.inputs, self.classes = data()
-        self.start = self.position = 0
-        self.as_tuples = as_tuples
-
-    def __len__(self) -> int:
-        return 6
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = order().split(4)
-        start, self.start = self.start, 0
-        for position in range(start, len(batches)):
-            self.position = (position + 1) % len(batches)
-            rows = batches[position]
-            batch = {"x": self.inputs[rows], "y": self.classes[rows], "ids": rows + 100}
-            yield tuple(batch.values()) if self.as_tuples else batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["position"]
-
-
-class Module(LightningModule):
-    """A module whose training calls it, or only a part of it."""
-
-    def __init__(self, *, smooth: bool = False, calls: str = "itself") -> None:
-        super().__init__()
-        self.body = smooth_body() if smooth else body()
-        self.calls = calls
-        self.losses: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.body(x))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch[:2]
-        loss = F.cross_entropy(self(x) if self.calls == "itself" else self.body(x), y)
-        self.losses.append(loss.item())
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch["x"]), batch["y"]), batch_size=4)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-def in_band(path: Path, **options: Any) -> SondeCallback:
-    return SondeCallback(
-        path,
-        **{
-            "measures": measures(probe=False),
-            "when": sonde.every(1),
-            "id_key": "ids",
-            "reduction": "mean",
-            "on_error": "raise",
-            **options,
-        },
-    )
-
-
-def train(
-    path: Path,
-    *callbacks: Callback,
-    module: Module | None = None,
-    loader: Any = None,
-    validate: bool = False,
-    resume: Path | None = None,
-    half: bool = False,
-    **options: Any,
-) -> Module:
-    if half:  # By its name, Lightning refuses it on the CPU.
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
-    seed_everything(5, verbose=False)
-    module = Module() if module is None else module
-    trainer = Trainer(
-        **{
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": path,
-            **options,
-        },
-        callbacks=list(callbacks),
-    )
-    trainer.fit(
-        module,
-        Loader() if loader is None else loader,
-        Loader() if validate else None,
-        ckpt_path=resume,
-        weights_only=True if resume else None,
-    )
-    return module
+pytestmark = quiet
 
 
 @pytest.mark.parametrize(
@@ -255,123 +122,6 @@ def test_the_loss_and_what_the_module_logs_are_recorded(tmp_path: Path, half: bo
         assert log.array("loss", step) == pytest.approx(module.losses[2 * step - 1], rel=1e-3)
     assert log.steps_of("val_loss", None) == [4, 5, 6]
     assert log.array("learning_rate", 2) == 0.01
-
-
-# Six steps an epoch: in the middle of one, at its end, and in the middle of the last.
-@pytest.mark.parametrize(("every", "at"), [("steps", 2), ("steps", 6), ("steps", 8), ("epoch", 6)])
-def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
-    tmp_path: Path, every: str, at: int
-) -> None:
-    x, y = data()
-    when = sonde.epochs(1) | sonde.every(5)
-    in_all: list[sonde.hooks.Measure] = [
-        sonde.Activations(sonde.TRAINING, when=when),
-        sonde.OutputGradients(sonde.TRAINING, "*0"),
-        sonde.Scalars(),
-        sonde.Predictions(sonde.Probe(x[:5], y[:5]), when=sonde.epochs(1)),
-    ]
-    for name, resume in (("whole", None), ("cut", None), ("cut", at)):
-        path = tmp_path / name
-        checkpoints = ModelCheckpoint(
-            path / "checkpoints",
-            filename="{step}",
-            save_top_k=-1,
-            every_n_train_steps=2 if every == "steps" else None,
-            every_n_epochs=1 if every == "epoch" else None,
-        )
-        checkpoint = None if resume is None else path / f"checkpoints/step={resume}.ckpt"
-        module = train(
-            path,
-            in_band(path / "run", measures=in_all),
-            checkpoints,
-            module=Module(smooth=True),  # Checkpoints of Lightning hold no random states.
-            resume=checkpoint,
-        )
-        if name == "whole":
-            expected = state_of(module)
-    assert_same_training(state_of(module), expected)
-    run = sonde.open_run(tmp_path / "cut/run")
-    assert [attempt["resume_step"] for attempt in run.attempts] == [0, at + 1]
-    assert run.steps("predictions") == [0, 6, 12]
-    assert_same_log(tmp_path / "cut/run", tmp_path / "whole/run", ["scalars", "activations"])
-
-
-def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
-    tmp_path: Path,
-) -> None:
-    checkpoints = ModelCheckpoint(
-        tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=8
-    )
-    train(tmp_path, checkpoints)
-    callback = in_band(tmp_path / "run")
-    train(tmp_path, callback, resume=tmp_path / "checkpoints/step=8.ckpt")
-    assert sonde.open_run(tmp_path / "run").steps("activations") == [8, 9, 10, 11]
-    assert callback.recorder is not None
-    assert callback.recorder.num_epochs == 2
-
-
-def test_a_run_that_exists_is_refused_before_the_training_begins(tmp_path: Path) -> None:
-    train(tmp_path, in_band(tmp_path / "run"))
-    module = Module()
-    with pytest.raises(RunExistsError, match="already holds a run"):
-        train(tmp_path, in_band(tmp_path / "run"), module=module)
-    assert module.losses == []
-
-
-def test_a_trainer_that_trains_on_goes_on_with_the_run(tmp_path: Path) -> None:
-    callback = in_band(tmp_path / "run")
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-    )
-    module = Module()
-    trainer.fit(module, Loader())
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, Loader())
-    run = sonde.open_run(tmp_path / "run")
-    assert run.steps("activations") == list(range(12))
-    assert callback.recorder is not None
-    assert callback.recorder.num_epochs == 2
-
-
-def test_an_exception_closes_the_run_and_leaves_the_model_free(tmp_path: Path) -> None:
-    class Failing(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 3:
-                raise RuntimeError("out of memory")
-
-    module = Module()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, in_band(tmp_path / "run"), Failing(), module=module)
-    run = sonde.open_run(tmp_path / "run")
-    assert (run.state, run.steps("activations")) == ("finished", [0, 1, 2])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
-
-
-def test_a_failure_of_ours_does_not_end_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("broken")
-
-    expected = state_of(train(tmp_path, validate=True))
-    for name in ("batch", "state_dict"):
-        monkeypatch.setattr(sonde.Recorder, name, fail)
-    monkeypatch.setattr(sonde.Scalars, "record", fail)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        checkpoints = ModelCheckpoint(tmp_path / "checkpoints")
-        callback = in_band(tmp_path / "run", on_error="warn")
-        module = train(tmp_path, callback, checkpoints, validate=True)
-    assert_same_training(state_of(module), expected)
-    told = " ".join(str(w.message) for w in caught if w.category is SondeWarning)
-    for part in ("scalars of", "ids cannot be read", "loss cannot be read", "checkpoint lacks"):
-        assert part in told
 
 
 @pytest.fixture

@@ -96,12 +96,8 @@ def live_measures() -> list[Measure]:
     return [
         sonde.Activations(sonde.TRAINING, store=full),
         sonde.OutputGradients(sonde.TRAINING, store=full),
+        sonde.ExampleGradients(sonde.TRAINING, store=full),
     ]
-
-
-def gradient_measures() -> list[Measure]:
-    inputs, targets = data()
-    return [sonde.ExampleGradients(sonde.Probe(inputs[:6], targets[:6]), F.cross_entropy)]
 
 
 def train(kind: str, path: Path | None, measures: list[Measure]) -> dict[str, Any]:
@@ -177,7 +173,6 @@ def main(out: Path) -> None:
         "nothing": [],
         "probes": list(probe_measures()),
         "training": live_measures(),
-        "gradients": gradient_measures(),
     }
     for kind in KINDS:
         for name, measures in recorded.items():
