@@ -358,7 +358,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> list[Weight]:
     def normalized() -> Tensor:
-        return F.layer_norm(input.detach(), normalized_shape, eps=eps)
+        return F.layer_norm(widened(input.detach()), normalized_shape, eps=eps)
 
     return _scale_over_last(layout, len(normalized_shape), normalized, weight, bias)
 
@@ -371,7 +371,9 @@ def _rms_norm(
     eps: float | None = None,
 ) -> list[Weight]:
     def normalized() -> Tensor:
-        return F.rms_norm(input.detach(), normalized_shape, eps=eps)
+        # The default of `eps` is that of the input's type.
+        x = input.detach() if eps is None else widened(input.detach())
+        return F.rms_norm(x, normalized_shape, eps=eps)
 
     return _scale_over_last(layout, len(normalized_shape), normalized, weight, None)
 
@@ -397,7 +399,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> list[Weight]:
     return _scale_over_channels(
-        layout, lambda: F.group_norm(input.detach(), num_groups, eps=eps), weight, bias
+        layout, lambda: F.group_norm(widened(input.detach()), num_groups, eps=eps), weight, bias
     )
 
 
@@ -416,7 +418,7 @@ def _batch_norm(
         layout.couplings.append("batch statistics")
 
     def normalized() -> Tensor:
-        x = input.detach()
+        x = widened(input.detach())
         if training or running_mean is None or running_var is None:
             return F.batch_norm(x, None, None, training=True, eps=eps)
         return F.batch_norm(x, running_mean.to(x.dtype), running_var.to(x.dtype), eps=eps)
@@ -436,7 +438,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> list[Weight]:
     def normalized() -> Tensor:
-        x = input.detach()
+        x = widened(input.detach())
         if use_input_stats:
             return F.instance_norm(x, eps=eps)
         return F.instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)

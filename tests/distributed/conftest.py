@@ -20,9 +20,9 @@ RunRanks: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "trained" in metafunc.fixturenames:
+    if "num_ranks" in metafunc.fixturenames:
         num_ranks = [2, 4] if metafunc.config.getoption("--full") else [2]
-        metafunc.parametrize("trained", num_ranks, indirect=True, scope="module")
+        metafunc.parametrize("num_ranks", num_ranks, scope="module")
 
 
 @pytest.fixture(scope="session")

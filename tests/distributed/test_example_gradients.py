@@ -49,11 +49,11 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(
-    request: pytest.FixtureRequest, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
+    num_ranks: int, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
-    folder = tmp_path_factory.mktemp(f"gradients{request.param}")
-    run_ranks("example_gradients.py", folder, num_ranks=request.param)
-    return Trained(folder, request.param)
+    folder = tmp_path_factory.mktemp(f"gradients{num_ranks}")
+    run_ranks("example_gradients.py", folder, num_ranks=num_ranks)
+    return Trained(folder, num_ranks)
 
 
 @pytest.fixture(scope="module")

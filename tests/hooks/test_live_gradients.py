@@ -402,3 +402,22 @@ def test_axes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     coverage = [note for note in run.notes if note["event"] == "coverage"][-1]["parameters"]
     assert coverage["mix.weight"].startswith("unsupported: two axes")
     assert coverage["out.weight"] == "exact"
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.GroupNorm(2, 8)])
+def test_a_norm_of_half_precision_is_computed_again_in_full(
+    norm: nn.Module, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), norm, nn.Tanh(), nn.Linear(8, 5))
+    inputs, targets = images()
+
+    def forward(x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x.flatten(1)).float()
+
+    options: dict[str, Any] = {"sizes": [N], "forward": forward, "layers": "1"}
+    run = record(tmp_path / "run", model, inputs, targets, **options)
+    assert_covered(run)
+    # What comes back is rounded for both alike, so only the norm itself can make a difference.
+    assert run.example_gradients.attributes(0)["sum_check"]["largest_difference"] < 1e-4

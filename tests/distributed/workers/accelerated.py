@@ -60,6 +60,7 @@ def measures() -> list[Measure]:
     return [
         sonde.Activations(sonde.TRAINING, store=sonde.Full()),
         sonde.OutputGradients(sonde.TRAINING, store=sonde.Full()),
+        sonde.ExampleGradients(sonde.TRAINING, store=sonde.Full()),
         sonde.Activations(held),
         sonde.Activations(sharded),
         sonde.ExampleGradients(held, F.cross_entropy),
