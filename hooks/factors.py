@@ -430,55 +430,6 @@ class Sum(Factor):
         return torch.stack([part.cross(other) for part in self.parts]).sum(0)
 
 
-@dataclass
-class Stacked(Factor):
-    """Gradients of parts of a parameter that follow each other, such as queries, keys, values."""
-
-    parts: Sequence[Factor]
-
-    def __post_init__(self) -> None:
-        self.num_examples = self.parts[0].num_examples
-
-    @property
-    def num_parameters(self) -> int:
-        """The size of the parameter."""
-        return sum(part.num_parameters for part in self.parts)
-
-    @property
-    def row_bytes(self) -> int:
-        """What is held of an example, in bytes."""
-        return sum(part.row_bytes for part in self.parts)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the gradients."""
-        return self.parts[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the gradients are."""
-        return self.parts[0].device
-
-    def form(self, rows: slice) -> Tensor:
-        """Return the gradients of some examples, [rows, p]."""
-        return torch.cat([part.form(rows) for part in self.parts], 1)
-
-    def sum(self) -> Tensor:
-        """Return the sum of the gradients of all examples, [p]."""
-        return torch.cat([part.sum() for part in self.parts])
-
-    def gram(self) -> Tensor:
-        """Return the inner products of the gradients, float64 [n, n], on the CPU."""
-        return torch.stack([part.gram() for part in self.parts]).sum(0)
-
-    def cross(self, other: Factor) -> Tensor:
-        """Return the inner products with other gradients of the parameter, float64 [n, m]."""
-        if isinstance(other, Stacked) and len(other.parts) == len(self.parts):
-            both = zip(self.parts, other.parts, strict=True)
-            return torch.stack([mine.cross(theirs) for mine, theirs in both]).sum(0)
-        return super().cross(other)
-
-
 def summed(parts: Sequence[Factor]) -> Factor:
     """Return the gradients of a parameter that is used in several ways."""
     if len(parts) == 1:
@@ -493,12 +444,11 @@ def joined(parts: Sequence[Factor]) -> Factor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if isinstance(first, Sum | Stacked) and all(
-        type(part) is type(first) and len(cast(Sum, part).parts) == len(first.parts)
-        for part in parts
+    if isinstance(first, Sum) and all(
+        isinstance(part, Sum) and len(part.parts) == len(first.parts) for part in parts
     ):
         of_each = zip(*(cast(Sum, part).parts for part in parts), strict=True)
-        return type(first)([joined(list(same)) for same in of_each])
+        return Sum([joined(list(same)) for same in of_each])
     if isinstance(first, Rows) and all(isinstance(part, Rows) for part in parts):
         rows = [cast(Rows, part) for part in parts]
         longest = max(part.values.shape[1] for part in rows)

@@ -10,18 +10,18 @@ Axes: n examples; t positions; g groups; o outputs; i inputs.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .convolution_rules import channel_sums, conv, conv_transpose, over_channels
 from .factors import Dense, Factor, Outer, Rows
-from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, widened
+from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, row_axis_of, widened
 from .recurrent_rules import (
     gru,
     gru_cell,
@@ -32,8 +32,6 @@ from .recurrent_rules import (
     rnn_relu,
     rnn_tanh,
 )
-
-Size: TypeAlias = int | Sequence[int] | str
 
 
 @dataclass(frozen=True)
@@ -89,178 +87,6 @@ def _product(
 
 def _as_is(source: Tensor) -> Tensor:
     return source
-
-
-@dataclass(frozen=True)
-class _Unfolding:
-    """Makes the patches a convolution sees, [rows, g, t, i], of [rows, k, channels, *positions].
-
-    Of a transposed one these are patches of its output, whose padding may leave room for more than
-    the `num_positions` of its input along each axis.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    num_positions: tuple[int, ...] | None = None
-
-    def __call__(self, source: Tensor) -> Tensor:
-        maps = source.flatten(0, 1)
-        is_pointwise = all(size == 1 for size in (*self.kernel, *self.stride))
-        if is_pointwise and not any(self.padding) and self.num_positions is None:
-            patches = maps.flatten(2)
-        else:
-            patches = self._patches(maps)
-        # [rows · k, g · i, t] -> [rows, g, k · t, i]
-        grouped = patches.unflatten(1, (self.groups, -1)).transpose(2, 3)
-        return _merge(grouped, source.shape[1])
-
-    def _patches(self, maps: Tensor) -> Tensor:
-        num_axes = len(self.kernel)
-        amounts = [amount for pad in reversed(self.padding) for amount in (pad, pad)]
-        patches = F.pad(maps, amounts) if any(amounts) else maps
-        for axis in range(num_axes):
-            span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-            patches = patches.unfold(2 + axis, span, self.stride[axis])
-            patches = patches[..., :: self.dilation[axis]]
-            if self.num_positions is not None:
-                patches = patches.narrow(2 + axis, 0, self.num_positions[axis])
-        # [n, channels, *positions, *kernel] -> [n, channels · kernel, positions]
-        kernel_axes = range(2 + num_axes, 2 + 2 * num_axes)
-        patches = patches.permute(0, 1, *kernel_axes, *range(2, 2 + num_axes))
-        return patches.flatten(1, 1 + num_axes).flatten(2)
-
-    def form(self, delta: Tensor, source: Tensor) -> Tensor | None:
-        """Form gradients by one convolution over all examples, where that is faster: measured.
-
-        Args:
-            delta: Gradients with respect to the outputs, [n, 1, t, o].
-            source: What the layer was given, [n, 1, channels, height, width].
-
-        Returns:
-            The gradients [n, 1, o, i], or None.
-        """
-        n, g, t, o = delta.shape
-        channels = source.shape[2]
-        is_plain = g == source.shape[1] == 1 and len(self.kernel) == 2 and set(self.stride) == {1}
-        if (
-            not is_plain
-            or not 8 <= channels <= 64
-            or o > 64
-            or t < 64
-            or delta.device.type != "cpu"
-        ):
-            return None
-        maps = source.flatten(0, 2)[None]
-        height = source.shape[3] + 2 * self.padding[0] - self.dilation[0] * (self.kernel[0] - 1)
-        gradients = torch.ops.aten.convolution_backward(
-            delta.transpose(2, 3).reshape(1, n * o, height, -1),
-            maps,
-            maps.new_empty(n * o, channels, *self.kernel),
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0, 0],
-            n,  # Each example is a group of channels.
-            [False, True, False],
-        )[1]
-        return cast(Tensor, gradients.view(n, 1, o, -1))
-
-
-def _merge(values: Tensor, k: int) -> Tensor:
-    """[rows · k, g, t, f] -> [rows, g, k · t, f]."""
-    if k == 1:
-        return values
-    apart: Tensor = values.unflatten(0, (-1, k))
-    return apart.transpose(1, 2).flatten(2, 3)
-
-
-def _conv(
-    num_axes: int,
-    layout: Layout,
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-) -> list[Weight]:
-    kernel = tuple(weight.shape[2:])
-    dilations = _sizes(dilation, num_axes)
-    maps = input.detach()
-    if padding == "same":
-        totals = [d * (size - 1) for d, size in zip(dilations, kernel, strict=True)]
-        amounts = [x for total in reversed(totals) for x in (total // 2, total - total // 2)]
-        maps, padding = F.pad(maps, amounts), 0
-    elif padding == "valid":
-        padding = 0
-    unfolding = _Unfolding(
-        kernel, _sizes(stride, num_axes), _sizes(padding, num_axes), dilations, groups
-    )
-    num_inputs = math.prod(weight.shape[1:])
-
-    def of_weight(deltas: Deltas) -> Factor:
-        delta = layout.maps(deltas[0])
-        # [n, k, g · o, *positions] -> [n, g, k · t, o]
-        grouped = delta.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-        positions = _merge(grouped, delta.shape[1])
-        factor = Outer(positions, layout.maps(maps), num_inputs, unfolding)
-        factor.form_at_once = unfolding.form
-        return factor.compact()
-
-    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
-
-
-def _conv_transpose(
-    num_axes: int,
-    layout: Layout,
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
-) -> list[Weight]:
-    # The gradient is that of the convolution from the outputs back to the inputs.
-    unfolding = _Unfolding(
-        tuple(weight.shape[2:]),
-        _sizes(stride, num_axes),
-        _sizes(padding, num_axes),
-        _sizes(dilation, num_axes),
-        groups,
-        tuple(input.shape[2:]) if any(_sizes(output_padding, num_axes)) else None,
-    )
-    maps = input.detach()
-    num_inputs = math.prod(weight.shape[1:])
-
-    def of_weight(deltas: Deltas) -> Factor:
-        given = layout.maps(maps)
-        grouped = given.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-        positions = _merge(grouped, given.shape[1])
-        return Outer(positions, layout.maps(deltas[0]), num_inputs, unfolding).compact()
-
-    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
-
-
-def _channel_sums(layout: Layout, deltas: Deltas) -> Factor:
-    return Dense(_over_channels(layout.maps(deltas[0])))
-
-
-def _over_channels(maps: Tensor) -> Tensor:
-    """Sum [n, k, channels, *positions] over all but examples and channels."""
-    return maps.flatten(3).sum((1, 3)) if maps.ndim > 3 else maps.sum(1)
-
-
-def _sizes(value: Any, num_axes: int) -> tuple[int, ...]:
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    return sizes * num_axes if len(sizes) == 1 else sizes
 
 
 def _embedding(
@@ -398,7 +224,7 @@ def _group_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> list[Weight]:
-    return _scale_over_channels(
+    return _scaleover_channels(
         layout, lambda: F.group_norm(widened(input.detach()), num_groups, eps=eps), weight, bias
     )
 
@@ -423,7 +249,7 @@ def _batch_norm(
             return F.batch_norm(x, None, None, training=True, eps=eps)
         return F.batch_norm(x, running_mean.to(x.dtype), running_var.to(x.dtype), eps=eps)
 
-    return _scale_over_channels(layout, normalized, weight, bias)
+    return _scaleover_channels(layout, normalized, weight, bias)
 
 
 def _instance_norm(
@@ -443,17 +269,17 @@ def _instance_norm(
             return F.instance_norm(x, eps=eps)
         return F.instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)
 
-    return _scale_over_channels(layout, normalized, weight, bias)
+    return _scaleover_channels(layout, normalized, weight, bias)
 
 
-def _scale_over_channels(
+def _scaleover_channels(
     layout: Layout, normalized: Callable[[], Tensor], weight: Any, bias: Any
 ) -> list[Weight]:
     def of_weight(deltas: Deltas) -> Factor:
         products = widened(deltas[0]) * widened(normalized())
-        return Dense(_over_channels(layout.maps(products)))
+        return Dense(over_channels(layout.maps(products)))
 
-    return [Weight(weight, of_weight), Weight(bias, partial(_channel_sums, layout))]
+    return [Weight(weight, of_weight), Weight(bias, partial(channel_sums, layout))]
 
 
 def _prelu(layout: Layout, input: Tensor, weight: Tensor) -> list[Weight]:
@@ -463,7 +289,7 @@ def _prelu(layout: Layout, input: Tensor, weight: Tensor) -> list[Weight]:
         products = layout.maps(widened(deltas[0]) * widened(given).clamp(max=0))
         if weight.numel() == 1:
             return Dense(products.flatten(1).sum(1, keepdim=True))
-        return Dense(_over_channels(products))
+        return Dense(over_channels(products))
 
     return [Weight(weight, of_weight)]
 
@@ -500,7 +326,7 @@ def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -
         return Weight(None, lambda deltas: Dense(deltas[0]))
     axis, num_axes = layout.axis, len(layout.shape)
     sizes = (1,) * (num_axes - tensor.ndim) + tuple(tensor.shape)
-    row_axis = _row_axis(layout, tensor)
+    row_axis = row_axis_of(layout, tensor)
 
     def factor(deltas: Deltas) -> Factor:
         if row_axis is None and sizes[axis] > 1:
@@ -513,15 +339,6 @@ def _broadcast(layout: Layout, tensor: Any, local: Callable[[Tensor], Tensor]) -
         return Dense(delta.sum(summed).reshape(len(delta), -1))
 
     return Weight(tensor, factor, row_axis)
-
-
-def _row_axis(layout: Layout, tensor: Tensor) -> int | None:
-    """Return the axis of a tensor that is an axis of the output with a row for each example."""
-    if layout.place not in (Place.FIRST, Place.SECOND) or isinstance(tensor, nn.Parameter):
-        # A parameter itself may be as long as the batch by chance; it has no rows of examples.
-        return None
-    own = layout.axis - (len(layout.shape) - tensor.ndim)
-    return own if own >= 0 and tensor.shape[own] == layout.num_examples > 1 else None
 
 
 def _cat(layout: Layout, tensors: Sequence[Tensor], dim: int = 0) -> list[Weight]:
@@ -542,73 +359,6 @@ def _part_of(tensor: Tensor, row_axis: int, axis: int, part: tuple[int, int]) ->
         return Dense(widened(deltas[0]).narrow(axis, *part).movedim(row_axis, 0))
 
     return Weight(tensor, factor, row_axis)
-
-
-def replayed(
-    layout: Layout,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    tensor: Tensor,
-) -> Weight:
-    """Return a parameter whose gradients take evaluating an operation again, on each example.
-
-    The operation sees the rows of one example, one or several; `torch.vmap` puts them together.
-    """
-    n = layout.num_examples
-    held = _map((args, dict(kwargs)), lambda x: x if x is tensor else x.detach())
-    is_by_row = tensor.ndim == len(layout.shape) and layout.place is Place.FIRST
-    row_axis = _row_axis(layout, tensor) if is_by_row else None
-
-    def is_batched(x: Tensor) -> bool:
-        has_rows = x.ndim > 0 and len(x) in (n, layout.shape[0])
-        return has_rows and (x is not tensor or row_axis == 0)
-
-    def by_example(x: Tensor) -> Tensor:
-        return layout.by_example(x) if len(x) > n else x[:, None]
-
-    def factor(deltas: Deltas) -> Factor:
-        if layout.axis != 0:
-            raise UnsupportedError("the examples are not on axis 0 of its output")
-        leaves: list[Tensor] = []
-        _map(held, leaves.append)
-        reached = [index for index, delta in enumerate(deltas) if delta is not None]
-
-        def gradient(delta: list[Tensor], rows: list[Tensor]) -> Tensor:
-            at = next(index for index, x in enumerate(leaves) if x is tensor)
-
-            def run(value: Tensor) -> list[Tensor]:
-                values = iter(
-                    [value if x is tensor else row for x, row in zip(leaves, rows, strict=True)]
-                )
-                replayed_args, replayed_kwargs = _map(held, lambda _: next(values))
-                outputs = func(*replayed_args, **replayed_kwargs)
-                found: list[Tensor] = []
-                _map(outputs, found.append)
-                return [found[index] for index in reached]
-
-            return cast(Tensor, torch.func.vjp(run, rows[at])[1](delta)[0])
-
-        given = [by_example(deltas[at]) for at in reached]
-        rows = [by_example(x.detach()) if is_batched(x) else x.detach() for x in leaves]
-        dims = [0 if is_batched(x) else None for x in leaves]
-        with warnings.catch_warnings(), torch.enable_grad():
-            # A slow path within vmap is still a path.
-            warnings.simplefilter("ignore")
-            values = torch.vmap(gradient, (0, dims))(given, rows)
-        return Dense(widened(values.detach()))
-
-    return Weight(tensor, factor, row_axis)
-
-
-def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple | list):
-        return type(value)([_map(item, function) for item in value])
-    if isinstance(value, dict):
-        return {name: _map(item, function) for name, item in value.items()}
-    return value
 
 
 # Modules of torch stand for functions, which users may call by themselves.
@@ -647,8 +397,8 @@ for _axes, (_forward, _transposed) in enumerate(
     ],
     start=1,
 ):
-    RULES[_forward] = Rule(partial(_conv, _axes))
-    RULES[_transposed] = Rule(partial(_conv_transpose, _axes))
+    RULES[_forward] = Rule(partial(conv, _axes))
+    RULES[_transposed] = Rule(partial(conv_transpose, _axes))
 RULES |= dict.fromkeys([torch.add, Tensor.add, Tensor.add_], Rule(_add))
 RULES |= dict.fromkeys([torch.sub, Tensor.sub, Tensor.sub_], Rule(_sub))
 RULES |= dict.fromkeys([torch.mul, Tensor.mul, Tensor.mul_], Rule(_mul))

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factors import Factor
 
@@ -141,6 +141,15 @@ class Layout:
         if self.place is Place.SECOND:
             raise UnsupportedError("the examples are on axis 1, which holds the channels")
         return self.by_example(widened(values))
+
+
+def row_axis_of(layout: Layout, tensor: Tensor) -> int | None:
+    """Return the axis of a tensor that is an axis of the output with a row for each example."""
+    if layout.place not in (Place.FIRST, Place.SECOND) or isinstance(tensor, nn.Parameter):
+        # A parameter itself may be as long as the batch by chance; it has no rows of examples.
+        return None
+    own = layout.axis - (len(layout.shape) - tensor.ndim)
+    return own if own >= 0 and tensor.shape[own] == layout.num_examples > 1 else None
 
 
 def widened(values: Tensor) -> Tensor:
