@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -123,9 +124,14 @@ class Dense(Factor):
         """Return the sum of the gradients of all examples, [p]."""
         return self.values.sum(0)
 
+    @cached_property
+    def products(self) -> Tensor:
+        """The inner products of the gradients, [n, n]."""
+        return self_product(self.values)
+
     def gram(self) -> Tensor:
         """Return the inner products of the gradients, float64 [n, n], on the CPU."""
-        return self_product(self.values).double().cpu()
+        return self.products.double().cpu()
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
@@ -145,6 +151,7 @@ class Outer(Factor):
         view: Makes [rows, g, t, i] of the source; a convolution unfolds only when that is needed.
         is_transposed: The parameter is [g, i, o], not [g, o, i].
         form_at_once: Forms [rows, g, o, i] of delta and source, or returns None where it does not.
+        of_outputs: The same as `delta` with one position and one group, whose products are shared.
     """
 
     delta: Tensor
@@ -153,6 +160,7 @@ class Outer(Factor):
     view: Callable[[Tensor], Tensor]
     is_transposed: bool = False
     form_at_once: Callable[[Tensor, Tensor], Tensor | None] | None = None
+    of_outputs: Dense | None = None
 
     def __post_init__(self) -> None:
         self.num_examples = len(self.delta)
@@ -252,8 +260,11 @@ class Outer(Factor):
             behind = slice(start if is_own else 0, m)
             for group in range(g):
                 if is_own and rows >= n:  # Then half of each product is enough.
-                    products = self_product(self.delta[:, group].flatten(0, 1))
-                    products *= self_product(ours[:, group].flatten(0, 1))
+                    products = self_product(ours[:, group].flatten(0, 1))
+                    if self.of_outputs is not None:
+                        products *= self.of_outputs.products
+                    else:
+                        products *= self_product(self.delta[:, group].flatten(0, 1))
                 else:
                     products = _pairs(self.delta[block, group], other.delta[behind, group])
                     products *= _pairs(ours[:, group], theirs[behind, group])
@@ -464,7 +475,7 @@ def joined(parts: Sequence[Factor]) -> Factor:
         outers = [cast(Outer, part) for part in parts]
         delta = torch.cat([part.delta for part in outers])
         source = torch.cat([part.source for part in outers])
-        return replace(first, delta=delta, source=source)
+        return replace(first, delta=delta, source=source, of_outputs=None)
     return Dense(torch.cat([part.form(slice(0, part.num_examples)) for part in parts]))
 
 

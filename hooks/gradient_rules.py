@@ -21,7 +21,16 @@ from torch import Tensor
 
 from .convolution_rules import channel_sums, conv, conv_transpose, over_channels
 from .factors import Dense, Factor, Outer, Rows
-from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, row_axis_of, widened
+from .layouts import (
+    Deltas,
+    Layout,
+    Place,
+    UnsupportedError,
+    Weight,
+    remembered,
+    row_axis_of,
+    widened,
+)
 from .recurrent_rules import (
     gru,
     gru_cell,
@@ -74,13 +83,21 @@ def _product(
 ) -> list[Weight]:
     inputs = inputs.detach()
 
+    @remembered
+    def of_outputs(deltas: Deltas) -> Dense:
+        """Return the gradients with respect to the outputs, where each example has one position."""
+        return Dense(layout.positions(deltas[0])[:, 0])
+
     def of_weight(deltas: Deltas) -> Factor:
         delta, source = layout.positions(deltas[0]), layout.positions(inputs)
-        num_inputs = source.shape[-1]
-        return Outer(delta[:, None], source[:, None], num_inputs, _as_is, is_transposed).compact()
+        factor = Outer(delta[:, None], source[:, None], source.shape[-1], _as_is, is_transposed)
+        if delta.shape[1] == 1 and bias is not None:
+            factor.of_outputs = of_outputs(deltas)  # Their products serve the bias, too.
+        return factor.compact()
 
     def of_bias(deltas: Deltas) -> Factor:
-        return Dense(layout.positions(deltas[0]).sum(1))
+        delta = layout.positions(deltas[0])
+        return of_outputs(deltas) if delta.shape[1] == 1 else Dense(delta.sum(1))
 
     return [Weight(weight, of_weight), Weight(bias, of_bias)]
 
