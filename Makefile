@@ -1,6 +1,6 @@
 # make demo       record three small trainings and analyze them (a few minutes, the install aside)
 # make test       lint, format and type checks, then the tests
-# make test-full  the fault tests of the log at full size: kills, power cuts, errors, damage
+# make test-full  the fault tests of the log at full size, large models, four processes, slow scripts
 # make bench      what recording costs, beside peers, in one run
 # Needs Python >= 3.10 and make; both make a virtual environment of their own in .venv.
 
@@ -21,7 +21,8 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
 test-full: $(VENV)/.test-installed
-	$(BIN)/python -m pytest --full tests/log tests/hooks/test_run_directory.py
+	$(BIN)/python -m pytest --full tests/log tests/hooks/test_run_directory.py tests/hooks/test_gradient_models.py \
+	  tests/distributed tests/test_sonde_run.py
 
 bench: $(VENV)/.bench-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py

@@ -21,8 +21,9 @@ RunRanks: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "num_ranks" in metafunc.fixturenames:
-        num_ranks = [2, 4] if metafunc.config.getoption("--full") else [2]
-        metafunc.parametrize("num_ranks", num_ranks, scope="module")
+        is_parallel = metafunc.module.__name__.endswith("test_parallel")
+        takes_four = is_parallel or metafunc.config.getoption("--full")
+        metafunc.parametrize("num_ranks", [2, 4] if takes_four else [2], scope="module")
 
 
 @pytest.fixture(scope="session")
