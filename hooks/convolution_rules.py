@@ -101,6 +101,12 @@ class _Unfolding:
         return cast(Tensor, gradients.view(n, 1, o, -1))
 
 
+def _by_group(maps: Tensor, groups: int) -> Tensor:
+    """[n, k, g · o, *positions] -> [n, g, k · t, o]."""
+    grouped = maps.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+    return _merge(grouped, maps.shape[1])
+
+
 def _merge(values: Tensor, k: int) -> Tensor:
     """[rows · k, g, t, f] -> [rows, g, k · t, f]."""
     if k == 1:
@@ -137,10 +143,7 @@ def conv(
 
     def of_weight(deltas: Deltas) -> Factor:
         delta = layout.maps(deltas[0])
-        # [n, k, g · o, *positions] -> [n, g, k · t, o]
-        grouped = delta.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-        positions = _merge(grouped, delta.shape[1])
-        factor = Outer(positions, layout.maps(maps), num_inputs, unfolding)
+        factor = Outer(_by_group(delta, groups), layout.maps(maps), num_inputs, unfolding)
         factor.form_at_once = unfolding.form
         return factor.compact()
 
@@ -173,9 +176,7 @@ def conv_transpose(
     num_inputs = math.prod(weight.shape[1:])
 
     def of_weight(deltas: Deltas) -> Factor:
-        given = layout.maps(maps)
-        grouped = given.flatten(0, 1).flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-        positions = _merge(grouped, given.shape[1])
+        positions = _by_group(layout.maps(maps), groups)
         return Outer(positions, layout.maps(deltas[0]), num_inputs, unfolding).compact()
 
     return [Weight(weight, of_weight), Weight(bias, partial(channel_sums, layout))]
