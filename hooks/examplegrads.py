@@ -8,8 +8,9 @@ own loss, not divided by the number of examples.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -50,8 +51,10 @@ class _Verdict:
         checked: The parameters that were checked.
         choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
         problems: Why no rule gives the gradients of a parameter.
+        loss: Returns the loss that was used, as long as it is there.
     """
 
+    loss: Callable[[], Loss | None]
     checked: set[str] = field(default_factory=set)
     choices: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(default_factory=dict)
@@ -222,7 +225,12 @@ class _Evaluation:
 
     def _verdict(self, inputs: Any, num_examples: int) -> _Verdict:
         shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(inputs))
-        return self._verdicts.setdefault((num_examples, shapes, id(self._loss)), _Verdict())
+        key = (num_examples, shapes, id(self._loss))
+        verdict = self._verdicts.get(key)
+        if verdict is None or verdict.loss() is not self._loss:
+            # Another loss may have been made where one was that is gone.
+            verdict = self._verdicts[key] = _Verdict(_reference(self._loss))
+        return verdict
 
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
@@ -373,6 +381,14 @@ def _products(factors: list[Factor]) -> tuple[Tensor, Tensor]:
         return factors[0].cross(factors[1]), factors[0].squared_norms()
     products = factors[0].gram()
     return products, products.diagonal()
+
+
+def _reference(loss: Loss | None) -> Callable[[], Loss | None]:
+    """Refer to a loss without keeping it, or the model it may hold, alive."""
+    try:
+        return (lambda: None) if loss is None else weakref.ref(loss)
+    except TypeError:  # Not every callable can be referred to.
+        return lambda: loss
 
 
 def _as_probe(inputs: Any, targets: Any, batch_size: int | None) -> Probe:

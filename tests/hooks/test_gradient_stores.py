@@ -301,3 +301,29 @@ def test_a_model_that_returns_no_loss_is_refused() -> None:
     model, inputs, _ = linear()
     with pytest.raises(sonde.SondeError, match="returned Tensor without a scalar loss"):
         sonde.example_gradients(model, None, inputs)
+
+
+class Penalized:
+    """A loss that adds a penalty on the weights, or none."""
+
+    def __init__(self, model: nn.Linear, factor: float) -> None:
+        self.weight, self.factor = model.weight, factor
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, targets)
+        return loss + self.factor * self.weight.square().sum() if self.factor else loss
+
+
+def test_a_loss_made_where_another_was_is_checked_by_itself() -> None:
+    model = nn.Linear(4, 3).double()
+    inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    loss = Penalized(model, 0.0)
+    place = id(loss)
+    coverage = sonde.example_gradients(model, loss, inputs, targets).coverage
+    assert coverage["weight"] == "exact"
+    del loss
+    tried = [Penalized(model, 0.3)]
+    while id(tried[-1]) != place and len(tried) < 10_000:
+        tried.append(Penalized(model, 0.3))
+    coverage = sonde.example_gradients(model, tried[-1], inputs, targets).coverage
+    assert coverage["weight"].startswith(("fallback", "unsupported"))
