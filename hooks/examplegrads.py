@@ -29,7 +29,7 @@ from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
 from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
-from .probes import Probe, device_of, undisturbed
+from .probes import PassingProbe, Probe, device_of, undisturbed
 from .select import Selector, select_layers
 from .sharding import gradients_unsynced, let_go_of_gathered
 from .stores import Full, Gram, Sketch, Store
@@ -306,7 +306,7 @@ class _Evaluation:
                 num_examples,
                 [p.tensor for p in remaining],
                 self._held,
-                {p.tensor: verdict.choices.get(p.name, 0) for p in remaining},
+                {p.tensor: choice for p in remaining if (choice := verdict.choices.get(p.name))},
             )
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
             remaining = self._check(verdict, batch, probe, start, remaining)
@@ -396,7 +396,7 @@ def _as_probe(inputs: Any, targets: Any, batch_size: int | None) -> Probe:
         if targets is not None or batch_size is not None:
             raise InvalidInputError("a Probe brings its own targets and batch size; give it alone")
         return inputs
-    return Probe(inputs, targets, batch_size=batch_size)
+    return PassingProbe(inputs, targets, batch_size=batch_size)
 
 
 def _pair(others: Probe | tuple[Any, Any]) -> tuple[Any, Any]:

@@ -23,6 +23,8 @@ from torch import Tensor
 _BLOCK_BYTES = 16 << 20
 # Of a product of small matrices, one for each example, to one of large matrices: measured.
 _BATCHED_COST = 2.0
+# Of so few rows, half of their products are not faster than all: measured.
+_FEW = 64
 # Of how many values a norm is taken in the type of the gradients.
 _PIECE = 1024
 
@@ -250,6 +252,9 @@ class Outer(Factor):
         n, g, t, _ = self.delta.shape
         m, _, s, _ = other.delta.shape
         is_own = other is self
+        if is_own and self.of_outputs is not None:
+            products = self_product(self._inputs(slice(0, n)).flatten(1))
+            return products.mul_(self.of_outputs.products).double().cpu()
         total = torch.zeros(n, m, dtype=torch.float64, device=self.delta.device)
         rows = max(1, _BLOCK_BYTES // max(1, m * t * s * self.dtype.itemsize))
         theirs = other._inputs(slice(0, m))
@@ -261,10 +266,7 @@ class Outer(Factor):
             for group in range(g):
                 if is_own and rows >= n:  # Then half of each product is enough.
                     products = self_product(ours[:, group].flatten(0, 1))
-                    if self.of_outputs is not None:
-                        products *= self.of_outputs.products
-                    else:
-                        products *= self_product(self.delta[:, group].flatten(0, 1))
+                    products *= self_product(self.delta[:, group].flatten(0, 1))
                 else:
                     products = _pairs(self.delta[block, group], other.delta[behind, group])
                     products *= _pairs(ours[:, group], theirs[behind, group])
@@ -482,6 +484,8 @@ def joined(parts: Sequence[Factor]) -> Factor:
 def row_squares(values: Tensor) -> Tensor:
     """Return the squared norm of each row, float64 [n], on the CPU."""
     # Norms of pieces, then their sum in float64: converting the values themselves takes longer.
+    if values.shape[1] <= _PIECE:
+        return _norm(values).double().square().cpu()
     split = values.shape[1] // _PIECE * _PIECE
     pieces, rest = values[:, :split].unflatten(1, (-1, _PIECE)), values[:, split:]
     norms = torch.cat([_norm(pieces), _norm(rest)[:, None]], 1)
@@ -490,7 +494,7 @@ def row_squares(values: Tensor) -> Tensor:
 
 def self_product(values: Tensor) -> Tensor:
     """Return the inner products of rows, [n, n]."""
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or len(values) <= _FEW:
         return values @ values.T
     # NumPy sees that the result is symmetric, and computes half of it.
     array = values.detach().numpy()

@@ -79,10 +79,10 @@ def batch_gradients(
     operations: list[Operation] = []
     edges: list[list[GradientEdge | None]] = []
 
-    def take(operation: Operation) -> None:
+    def take(operation: Operation, outputs: Sequence[Tensor]) -> None:
         # The edge, not the tensor: an in-place operation on the output does not move it.
         edges.append(
-            [get_gradient_edge(root_of(o)) if o.requires_grad else None for o in operation.outputs]
+            [get_gradient_edge(root_of(out)) if out.requires_grad else None for out in outputs]
         )
         operations.append(operation)
 
@@ -136,7 +136,7 @@ def add_operation(
     """
     if all(delta is None for delta in deltas):
         # No path from these outputs to the loss: the gradient is zero.
-        deltas = [torch.zeros_like(out) for out in operation.outputs]
+        deltas = [operation.uses[0].tensor.new_zeros(shape) for shape in operation.shapes]
     # What came back may be that of the tensor an output is a view of.
     deltas = [
         None if delta is None else delta.view(shape)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .convolution_rules import channel_sums, conv, conv_transpose, over_channels
+from .convolution_rules import conv, conv_transpose, over_channels
 from .factors import Dense, Factor, Outer, Rows
 from .layouts import (
     Deltas,
@@ -30,6 +30,14 @@ from .layouts import (
     remembered,
     row_axis_of,
     widened,
+)
+from .normalization_rules import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+    times,
 )
 from .recurrent_rules import (
     gru,
@@ -84,20 +92,21 @@ def _product(
     inputs = inputs.detach()
 
     @remembered
-    def of_outputs(deltas: Deltas) -> Dense:
-        """Return the gradients with respect to the outputs, where each example has one position."""
-        return Dense(layout.positions(deltas[0])[:, 0])
+    def of_outputs(deltas: Deltas) -> tuple[Tensor, Dense | None]:
+        """Return the gradients with respect to the outputs; as a factor, if of one position."""
+        delta = layout.positions(deltas[0])
+        return delta, Dense(delta[:, 0]) if delta.shape[1] == 1 else None
 
     def of_weight(deltas: Deltas) -> Factor:
-        delta, source = layout.positions(deltas[0]), layout.positions(inputs)
-        factor = Outer(delta[:, None], source[:, None], source.shape[-1], _as_is, is_transposed)
-        if delta.shape[1] == 1 and bias is not None:
-            factor.of_outputs = of_outputs(deltas)  # Their products serve the bias, too.
+        delta, of_one = of_outputs(deltas)
+        source = layout.positions(inputs)[:, None]
+        factor = Outer(delta[:, None], source, source.shape[-1], _as_is, is_transposed)
+        factor.of_outputs = of_one  # Their products serve the bias, too.
         return factor.compact()
 
     def of_bias(deltas: Deltas) -> Factor:
-        delta = layout.positions(deltas[0])
-        return of_outputs(deltas) if delta.shape[1] == 1 else Dense(delta.sum(1))
+        delta, of_one = of_outputs(deltas)
+        return of_one or Dense(delta.sum(1))
 
     return [Weight(weight, of_weight), Weight(bias, of_bias)]
 
@@ -192,118 +201,11 @@ def _bags(
     return rows, None if scales is None else F.pad(scales, (0, 1))[at]
 
 
-def _layer_norm(
-    layout: Layout,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-) -> list[Weight]:
-    def normalized() -> Tensor:
-        return F.layer_norm(widened(input.detach()), normalized_shape, eps=eps)
-
-    return _scale_over_last(layout, len(normalized_shape), normalized, weight, bias)
-
-
-def _rms_norm(
-    layout: Layout,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Any = None,
-    eps: float | None = None,
-) -> list[Weight]:
-    def normalized() -> Tensor:
-        # The default of `eps` is that of the input's type.
-        x = input.detach() if eps is None else widened(input.detach())
-        return F.rms_norm(x, normalized_shape, eps=eps)
-
-    return _scale_over_last(layout, len(normalized_shape), normalized, weight, None)
-
-
-def _scale_over_last(
-    layout: Layout, num_axes: int, normalized: Callable[[], Tensor], weight: Any, bias: Any
-) -> list[Weight]:
-    def summed(values: Tensor) -> Factor:
-        return Dense(layout.positions(values.flatten(-num_axes)).sum(1))
-
-    return [
-        Weight(weight, lambda deltas: summed(widened(deltas[0]) * widened(normalized()))),
-        Weight(bias, lambda deltas: summed(deltas[0])),
-    ]
-
-
-def _group_norm(
-    layout: Layout,
-    input: Tensor,
-    num_groups: int,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-) -> list[Weight]:
-    return _scaleover_channels(
-        layout, lambda: F.group_norm(widened(input.detach()), num_groups, eps=eps), weight, bias
-    )
-
-
-def _batch_norm(
-    layout: Layout,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> list[Weight]:
-    if training:
-        layout.couplings.append("batch statistics")
-
-    def normalized() -> Tensor:
-        x = widened(input.detach())
-        if training or running_mean is None or running_var is None:
-            return F.batch_norm(x, None, None, training=True, eps=eps)
-        return F.batch_norm(x, running_mean.to(x.dtype), running_var.to(x.dtype), eps=eps)
-
-    return _scaleover_channels(layout, normalized, weight, bias)
-
-
-def _instance_norm(
-    layout: Layout,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Any = None,
-    bias: Any = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> list[Weight]:
-    def normalized() -> Tensor:
-        x = widened(input.detach())
-        if use_input_stats:
-            return F.instance_norm(x, eps=eps)
-        return F.instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)
-
-    return _scaleover_channels(layout, normalized, weight, bias)
-
-
-def _scaleover_channels(
-    layout: Layout, normalized: Callable[[], Tensor], weight: Any, bias: Any
-) -> list[Weight]:
-    def of_weight(deltas: Deltas) -> Factor:
-        products = widened(deltas[0]) * widened(normalized())
-        return Dense(over_channels(layout.maps(products)))
-
-    return [Weight(weight, of_weight), Weight(bias, partial(channel_sums, layout))]
-
-
 def _prelu(layout: Layout, input: Tensor, weight: Tensor) -> list[Weight]:
     given = input.detach()
 
     def of_weight(deltas: Deltas) -> Factor:
-        products = layout.maps(widened(deltas[0]) * widened(given).clamp(max=0))
+        products = layout.maps(times(widened(given).clamp(max=0), deltas[0]))
         if weight.numel() == 1:
             return Dense(products.flatten(1).sum(1, keepdim=True))
         return Dense(over_channels(products))
@@ -388,11 +290,11 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.addmm: Rule(_addmm),
     F.embedding: Rule(_embedding, is_last_word=True),
     F.embedding_bag: Rule(_embedding_bag, is_last_word=True),
-    F.layer_norm: Rule(_layer_norm),
-    F.rms_norm: Rule(_rms_norm),
-    F.group_norm: Rule(_group_norm),
-    F.batch_norm: Rule(_batch_norm),
-    F.instance_norm: Rule(_instance_norm),
+    F.layer_norm: Rule(layer_norm),
+    F.rms_norm: Rule(rms_norm),
+    F.group_norm: Rule(group_norm),
+    F.batch_norm: Rule(batch_norm),
+    F.instance_norm: Rule(instance_norm),
     F.prelu: Rule(_prelu),
     torch.cat: Rule(_cat),
     torch.concat: Rule(_cat),

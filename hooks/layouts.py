@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -84,7 +85,7 @@ class Layout:
     are_apart: bool = False
     choice: int = 0
 
-    @property
+    @cached_property
     def places(self) -> list[Place]:
         """The places the examples may be at. Of two axes the second holds features, never them."""
         n, shape = self.num_examples, self.shape
@@ -99,7 +100,7 @@ class Layout:
             places += [Place.OUTER, Place.INNER]
         return places
 
-    @property
+    @cached_property
     def place(self) -> Place:
         """The place of the examples.
 

@@ -255,9 +255,11 @@ class LiveGradients(Observation):
         hook = self._guarded(partial(self._settle, tensor))
         self._stack.callback(held.register_hook(hook).remove)
 
-    def _take(self, micro_batch: MicroBatch, operation: Operation) -> None:
+    def _take(
+        self, micro_batch: MicroBatch, operation: Operation, outputs: Sequence[Tensor]
+    ) -> None:
         """Wait for the gradients of an operation's outputs."""
-        seen = _Seen(operation, micro_batch, [None] * len(operation.outputs))
+        seen = _Seen(operation, micro_batch, [None] * len(outputs))
         for use in operation.uses:
             for tensor in use.parameters.keys() & self._parameters.keys():
                 self._pending[tensor].append(seen)
@@ -265,7 +267,7 @@ class LiveGradients(Observation):
                 if held not in self._settling:
                     # No gradient arrives at a sharded one: it is made of those of all ranks.
                     self._settle_with(tensor, held)
-        for at, output in enumerate(operation.outputs):
+        for at, output in enumerate(outputs):
             if output.requires_grad:
                 root_of(output).register_hook(self._guarded(partial(self._take_delta, seen, at)))
 

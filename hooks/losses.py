@@ -44,10 +44,13 @@ def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
             f"the model's outputs {shapes} have no row for each of the {num_examples} examples"
         )
 
-    def alone(target: Tensor | None, *rows: Tensor) -> Tensor:
-        given = iter([x[None] if has else x for x, has in zip(rows, has_rows, strict=True)])
-        output = map_tensors(outputs, lambda _: next(given))
-        value = loss(output, None if target is None else target[None])
+    def alone(*rows: Tensor) -> Tensor:
+        own = iter(rows)
+        target = None if targets is None else next(own)[None]
+        given = iter(
+            [next(own)[None] if has else x for x, has in zip(leaves, has_rows, strict=True)]
+        )
+        value = loss(map_tensors(outputs, lambda _: next(given)), target)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(
@@ -56,18 +59,16 @@ def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
             )
         return value.reshape(())
 
-    in_dims = (None if targets is None else 0, *(0 if has else None for has in has_rows))
+    batched = [x for x, has in zip(leaves, has_rows, strict=True) if has]
+    if targets is not None:
+        batched.insert(0, targets)
     try:
-        losses: Tensor = torch.vmap(alone, in_dims)(targets, *leaves)
+        losses: Tensor = torch.vmap(alone)(*batched)
         return losses
     except InvalidInputError:
         raise
     except Exception:  # Whatever vmap cannot transform in a user's loss, a loop can evaluate.
-        values = []
-        for row in range(num_examples):
-            rows = [x[row] if has else x for x, has in zip(leaves, has_rows, strict=True)]
-            values.append(alone(None if targets is None else targets[row], *rows))
-        return torch.stack(values)
+        return torch.stack([alone(*rows) for rows in zip(*batched, strict=True)])
 
 
 def _is_classified(outputs: Any, targets: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -22,12 +23,12 @@ class OwnedParameter:
     tensor: nn.Parameter
     places: list[tuple[str, str]]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Its name at each place."""
         return [f"{layer}.{name}" if layer else name for layer, name in self.places]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its first name."""
         return self.names[0]

@@ -64,20 +64,15 @@ class Operation:
 
     Attributes:
         name: Its name.
-        outputs: Its outputs.
+        shapes: The shapes of its outputs, which themselves are not kept.
         uses: The parameters it uses.
         inputs: What it was given beside them, each with its version at that time.
     """
 
     name: str
-    outputs: list[Tensor]
+    shapes: list[torch.Size]
     uses: list[Use]
     inputs: list[tuple[Tensor, int]]
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of its outputs."""
-        return [out.shape for out in self.outputs]
 
     @property
     def is_gathered(self) -> bool:
@@ -100,7 +95,8 @@ class ParameterUses(TorchFunctionMode):
     Args:
         model: The model.
         wanted: The parameters whose uses are reported.
-        on_operation: Called with each operation that uses one of them. It must not raise.
+        on_operation: Called with each operation that uses one of them, and its outputs. It must not
+            raise.
         num_examples: The number of examples of a forward pass.
         held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
@@ -118,7 +114,7 @@ class ParameterUses(TorchFunctionMode):
         self,
         model: nn.Module,
         wanted: Iterable[nn.Parameter],
-        on_operation: Callable[[Operation], None],
+        on_operation: Callable[[Operation, Sequence[Tensor]], None],
         num_examples: int,
         held: HeldParameters,
         choices: Mapping[nn.Parameter, int] | None = None,
@@ -209,18 +205,18 @@ class ParameterUses(TorchFunctionMode):
     def _look(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
+        tensors = _tensors((args, kwargs))
+        self._keep_new_parameters(tensors)
         outputs = [out for out in _tensors(output) if not _is_transformed(out)]
         if not outputs:
             return
-        tensors = list(_tensors((args, kwargs)))
-        self._keep_new_parameters(tensors)
         tracked = [t for t in tensors if id(t) in self._roots]
         if len(tracked) + sum(id(t) in self._constants for t in tensors) == len(tensors):
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
             for out in outputs:
                 self._keep(out, parameters)
         elif tracked and torch.is_grad_enabled():
-            self._report(func, args, kwargs, outputs, tracked)
+            self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
 
@@ -240,7 +236,7 @@ class ParameterUses(TorchFunctionMode):
         """Notice parameters that a module was given meanwhile, such as gathered ones."""
         for tensor in tensors:
             is_known = id(tensor) in self._roots or id(tensor) in self._constants
-            if isinstance(tensor, nn.Parameter) and not is_known:
+            if not is_known and isinstance(tensor, nn.Parameter):
                 self._keep(tensor)
 
     def _report(
@@ -249,10 +245,15 @@ class ParameterUses(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         outputs: list[Tensor],
-        tracked: list[Tensor],
+        tensors: list[Tensor],
     ) -> None:
-        """Report an operation that brings tracked tensors together with examples."""
-        wanted = {id(t): t for t in tracked if self._roots[id(t)].keys() & self._wanted}
+        """Report an operation that brings some of these tensors together with examples."""
+        others = [t for t in tensors if id(t) not in self._roots]
+        wanted = {
+            id(t): t
+            for t in tensors
+            if id(t) in self._roots and not self._wanted.isdisjoint(self._roots[id(t)])
+        }
         if not wanted or not any(out.requires_grad for out in outputs):
             return
         name = getattr(func, "__name__", str(func))
@@ -266,9 +267,9 @@ class ParameterUses(TorchFunctionMode):
                 are_apart=len({out.grad_fn for out in outputs}) > 1,
             )
             uses: list[Use] = []
-            for choice, tensors in self._by_choice(layout, wanted):
-                chosen = replace(layout, choice=choice)
-                uses += self._uses(func, args, kwargs, chosen, tensors)
+            for choice, of_choice in self._by_choice(layout, wanted):
+                chosen = replace(layout, choice=choice) if choice else layout
+                uses += self._uses(func, args, kwargs, chosen, of_choice)
         except Exception as error:  # Whatever a rule makes of a call, it is the reason.
             reason = f"{name}: {error}"
             if not isinstance(error, UnsupportedError):
@@ -277,23 +278,26 @@ class ParameterUses(TorchFunctionMode):
                 for parameter in self._roots[id(tensor)]:
                     self.problems.setdefault(parameter, reason)
             return
-        others = [t for t in _tensors((args, kwargs)) if id(t) not in self._roots]
         versions = [(t, t._version) for t in others if t.is_floating_point()]
         is_in_place = name.endswith("_")
-        self._on_operation(Operation(name, outputs, uses, [] if is_in_place else versions))
+        shapes = [out.shape for out in outputs]
+        operation = Operation(name, shapes, uses, [] if is_in_place else versions)
+        self._on_operation(operation, outputs)
 
     def _by_choice(
         self, layout: Layout, wanted: Mapping[int, Tensor]
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
         """Yield the tensors for which the examples are taken to be at the same place."""
+        if len(layout.places) > 1:
+            parameters = {p for key in wanted for p in self._roots[key]}
+            self.ambiguous |= parameters
+            if {Place.FIRST, Place.SECOND} <= set(layout.places):
+                self.undecided |= parameters
         tensors: dict[int, dict[int, Tensor]] = {}
         for key, tensor in wanted.items():
-            parameters = self._roots[key]
-            if len(layout.places) > 1:
-                self.ambiguous |= parameters.keys()
-            if {Place.FIRST, Place.SECOND} <= set(layout.places):
-                self.undecided |= parameters.keys()
-            choice = max(self._choices.get(parameter, 0) for parameter in parameters)
+            choice = 0
+            if self._choices:
+                choice = max(self._choices.get(parameter, 0) for parameter in self._roots[key])
             tensors.setdefault(choice, {})[key] = tensor
         yield from tensors.items()
 
@@ -362,7 +366,8 @@ class ParameterUses(TorchFunctionMode):
             if (owner := owners.get(parameter)) in held
         ]
         name = type(module).__name__
-        self._on_operation(Operation(name, [output], uses, [(given, given._version)]))
+        operation = Operation(name, [output.shape], uses, [(given, given._version)])
+        self._on_operation(operation, [output])
 
     def _note_order(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note how the examples of a packed sequence were sorted."""
@@ -370,16 +375,19 @@ class ParameterUses(TorchFunctionMode):
         self._unsorted = given.unsorted_indices if isinstance(given, PackedSequence) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an argument, however they are nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of an argument, however they are nested, in their order."""
+    found: list[Tensor] = []
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list):
+            waiting.extend(reversed(item))
+        elif isinstance(item, dict):
+            waiting.extend(reversed(item.values()))
+    return found
 
 
 def _is_transformed(tensor: Tensor) -> bool:

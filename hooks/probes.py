@@ -84,7 +84,7 @@ class Probe:
         else:
             if dataset is not None:
                 inputs, targets = dataset.read(slice(None))
-            self._inputs = _as_inputs(inputs)
+            self._inputs = self._hold(inputs)
             self.num_examples = _common_length(self._inputs)
         self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
@@ -92,6 +92,10 @@ class Probe:
             raise InvalidInputError(
                 f"`targets` has {len(self.targets)} examples, `inputs` {self.num_examples}"
             )
+
+    def _hold(self, inputs: Any) -> Inputs:
+        # A copy, as a probe is fixed, whatever becomes of the tensors it was made of.
+        return _map_inputs(_as_inputs(inputs), torch.clone)
 
     @cached_property
     def _input_digest(self) -> str:
@@ -135,9 +139,10 @@ class Probe:
         targets = None if self.targets is None else self.targets[rows].to(device, copy=True)
         if self._inputs is None:
             assert self._dataset is not None  # One of both holds the examples.
-            read = _as_inputs(self._dataset.read(rows)[0])
-            return _map_inputs(read, lambda x: x.to(device)), targets
-        return _map_inputs(self._inputs, lambda x: x[rows].to(device, copy=True)), targets
+            inputs = _as_inputs(self._dataset.read(rows)[0])
+        else:
+            inputs = _map_inputs(self._inputs, lambda x: x[rows])
+        return _map_inputs(inputs, lambda x: x.to(device, copy=True)), targets
 
     def table(self) -> list[LogArray]:
         """Return the ids and targets, as they stand in the log."""
@@ -174,6 +179,13 @@ class Probe:
 
     def __repr__(self) -> str:
         return f"Probe({self.num_examples} examples, name={self.name!r})"
+
+
+class PassingProbe(Probe):
+    """A probe that is gone before its inputs change, so that it needs no copy of them."""
+
+    def _hold(self, inputs: Any) -> Inputs:
+        return _as_inputs(inputs)
 
 
 def _digest_of(texts: Sequence[str]) -> str:
@@ -271,15 +283,10 @@ def _changeable(model: nn.Module) -> list[Tensor]:
 
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
-        return {str(name): _own(value) for name, value in inputs.items()}
+        return {str(name): torch.as_tensor(value).detach() for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(_own(value) for value in inputs)
-    return _own(inputs)
-
-
-def _own(value: Any) -> Tensor:
-    # A copy, as a probe is fixed, whatever becomes of the tensors it was made of.
-    return torch.as_tensor(value).detach().clone()
+        return tuple(torch.as_tensor(value).detach() for value in inputs)
+    return torch.as_tensor(inputs).detach()
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

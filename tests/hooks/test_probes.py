@@ -123,6 +123,36 @@ def test_a_probe_stays_as_it_was_made() -> None:
     assert torch.equal(torch.as_tensor(probe.inputs), torch.ones(3, 2))
 
 
+class OneTensor(TensorDataset):
+    """A dataset whose collated batch is its own memory."""
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        whole = items[0][0]._base
+        assert whole is not None
+        return whole[: len(items)], torch.zeros(len(items), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "probe", "dataset"])
+def test_a_model_that_works_in_place_does_not_change_its_inputs(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    inputs = torch.randn(4, 3)
+    before = inputs.clone()
+    source: Probe | Tensor = inputs
+    if kind == "probe":
+        source = Probe(inputs)
+    if kind == "dataset":
+        loader = DataLoader(OneTensor(inputs), batch_size=4, collate_fn=OneTensor.collate)
+        source = Probe(loader, in_memory=False)
+    sonde.example_gradients(model, lambda outputs, _: outputs.sum(), source)
+    assert torch.equal(inputs, before)
+    if isinstance(source, Probe):
+        again, _ = source.rows(slice(0, 4), torch.device("cpu"))
+        assert isinstance(again, Tensor)
+        assert torch.equal(again, before)
+
+
 def test_digests_tell_inputs_and_ids_apart() -> None:
     x = torch.ones(2, 2)
     facts = [
