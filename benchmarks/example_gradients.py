@@ -11,10 +11,12 @@ Opacus has layers of its own in place of attention and recurrent layers; sonde t
 
 All are measured in turn in every round, in an order that rotates, after each has worked once: that
 is when sonde checks every parameter of a model. CPU time (user and system) is of all threads of the
-process, with torch on one thread; with `--device cuda` it is the time between events. Printed are
-medians, and the medians of the ratios within a round. Memory is that of a process which works once
-(with sonde's check): how much the peak of its resident memory grew, or what CUDA had allocated, and
-how much more that is than of plain.
+process, with torch on one thread; with `--device cuda` it is the time between events. glibc is told
+to keep freed memory, for all alike: whether it gives a megabyte back to the system after each call,
+and fetches it again, depends on small differences in order, and takes as long as a small layer.
+Printed are medians, and the medians of the ratios within a round. Memory is that of a process which
+works once (with sonde's check): how much the peak of its resident memory grew, or what CUDA had
+allocated, and how much more that is than of plain.
 
 Run `OMP_NUM_THREADS=1 python benchmarks/example_gradients.py` (Linux). The peers are in the
 dependency group `bench`; one that is missing or fails gets a row that says so.
@@ -40,7 +42,16 @@ from gradient_subjects import MODELS, make_layers, make_subject
 from peak_memory import MIB, peak_bytes
 from rich.console import Console
 from rich.table import Table
-from turns import PLAIN, Case, Costs, Work, cpu_seconds, cuda_seconds, measure
+from turns import (
+    PLAIN,
+    Case,
+    Costs,
+    Work,
+    cpu_seconds,
+    cuda_seconds,
+    keep_freed_memory,
+    measure,
+)
 
 GOALS = {
     "MLP 784-512⁴-10": "1.0×",
@@ -161,6 +172,7 @@ def main() -> None:
     if arguments.memory:
         print(json.dumps(measure_memory(*arguments.memory, device)))
         return
+    keep_freed_memory()
     console = Console(width=130)
     rows = []
     for name in arguments.models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import time
@@ -36,6 +37,18 @@ class Costs:
     def milliseconds(self, name: str) -> float:
         """Return the median of a case."""
         return 1e3 * statistics.median(self.seconds[name])
+
+
+def keep_freed_memory() -> None:
+    """Let the C library (glibc) keep memory that is freed, instead of giving it back.
+
+    Raises:
+        OSError: If it refuses.
+    """
+    # M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3).
+    for parameter, value in ((-1, 2**31 - 1), (-4, 0)):
+        if not ctypes.CDLL(None).mallopt(parameter, value):
+            raise OSError(f"mallopt({parameter}, {value}) failed")
 
 
 def cpu_seconds(work: Work) -> float:

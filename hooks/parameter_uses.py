@@ -9,7 +9,6 @@ says how the gradient with respect to the output makes the per-example gradients
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -143,9 +142,10 @@ class ParameterUses(TorchFunctionMode):
 
     def __enter__(self) -> ParameterUses:
         self._roots, self._constants, self._kept, self._depth = {}, set(), [], 0
-        for tensor in itertools.chain(self._model.parameters(), self._model.buffers()):
-            self._keep(tensor)
         for module in self._model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and id(tensor) not in self._roots:
+                    self._keep(tensor)
             rule = rule_for(module)
             if rule is not None:
                 self._tap(module, rule)

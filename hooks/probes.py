@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -229,13 +229,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     slots = {module: dict(module._buffers) for module in modes}
     # Not only buffers: an embedding with max_norm rescales its weight in the forward pass.
-    kept = {tensor: tensor.detach().clone() for tensor in _changeable(model)}
+    kept = {tensor: tensor.detach().clone() for tensor in _changeable(modes)}
     versions = {tensor: tensor._version for tensor in kept}
     random_states = RandomStates()
     try:
         # Not model.eval(), which a model may override with side effects.
-        for module in modes:
-            module.training = False
+        for module, mode in modes.items():
+            if mode:
+                module.training = False
         random_states.seed()
         with torch.autocast(device_of(model).type, enabled=False), run_eagerly(), _layer_by_layer():
             yield
@@ -243,7 +244,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random_states.restore()
         let_go_of_gathered(model)
         for module, mode in modes.items():
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
             # A module may bind a new tensor to a buffer's name, instead of changing it.
             module._buffers.update(slots[module])
         with torch.no_grad():
@@ -273,12 +275,11 @@ def _layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
-def _changeable(model: nn.Module) -> list[Tensor]:
-    changeable = list(model.buffers())
-    for module in model.modules():
+def _changeable(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        yield from (buffer for buffer in module._buffers.values() if buffer is not None)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            changeable.append(module.weight)
-    return changeable
+            yield module.weight
 
 
 def _as_inputs(inputs: Any) -> Inputs:

@@ -27,8 +27,10 @@ from sonde.log import LogArray
 from .base import Recording, Subject
 from .layer_measure import LayerMeasure
 
-# The share of the memory that features have at least, as one part in so many.
+# The share of the memory that features have at least, and the one that is left for what is made of
+# them on the way, as one part in so many.
 _LEAST_SHARE = 4
+_SPARE_SHARE = 16
 
 
 class Activations(LayerMeasure):
@@ -97,10 +99,8 @@ class Activations(LayerMeasure):
             batch_size = block or probe.batch_size
             starts = range(0, probe.num_examples, batch_size)
             sizes = [min(batch_size, probe.num_examples - start) for start in starts]
-            kept_bytes = small.kept_bytes(self.store, probe.num_examples)
-            free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
             held_bytes = small.held_bytes(self.store)
-            passes = plan_passes(held_bytes, sizes, free_bytes)
+            passes = plan_passes(held_bytes, sizes, self._free_bytes(small, probe))
             room = Room(max(pass_bytes(held, held_bytes, sizes) for held in passes), small.device)
             outputs = _Outputs(self.store, probe.num_examples, small, room)
             for held in passes:
@@ -117,6 +117,12 @@ class Activations(LayerMeasure):
             recording.attributes["block_sizes"] = block_sizes
         return recording
 
+    def _free_bytes(self, small: _SmallRun, probe: Probe) -> int:
+        """Return how many bytes features may take beside the matrices."""
+        kept_bytes = small.kept_bytes(self.store, probe.num_examples)
+        free_bytes = self.memory - kept_bytes - self.memory // _SPARE_SHARE
+        return max(free_bytes, self.memory // _LEAST_SHARE)
+
     def _shards(self, probe: Probe) -> Shards | None:
         return probe.shards(self.store.block if isinstance(self.store, Gram) else None)
 
@@ -130,8 +136,7 @@ class Activations(LayerMeasure):
         small = self._small[model]
         own = OwnPart(self.store, shards)
         outputs = _Outputs(own, shards.num_examples, small, Room(0, small.device))
-        kept_bytes = small.kept_bytes(self.store, probe.num_examples)
-        free_bytes = max(self.memory - kept_bytes, self.memory // _LEAST_SHARE)
+        free_bytes = self._free_bytes(small, probe)
         arrays = []
         # A layer is held whole, as if another batch without examples came.
         for held in plan_passes(small.held_bytes(self.store), [shards.largest, 0], free_bytes):
