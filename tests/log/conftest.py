@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.frames import Frame, scan_journal
+from sonde.log.frames import Frame
 from sonde.log.layout import journals, segments, write_run_file, writer_folders
 from sonde.log.reader import read_index
+from sonde.log.scan import scan_journal
 from sonde.log.seal import seal_run
 
 from .doomed import record_of

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonde.log.frames import FILE_HEADER_BYTES, describe, storage_dtype
+from sonde.log.frames import FILE_HEADER_BYTES, describe
+from sonde.log.payload import storage_dtype
 from sonde.log.segment import Segment, identify
 
 from .conftest import frame_bounds, frames_of, journals_of, segments_of

@@ -17,7 +17,7 @@ import pytest
 import xarray
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.frames import stream_name
+from sonde.log.names import stream_name
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
@@ -84,7 +84,7 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             return pwritev(fd, buffers[:2], offset)
         return pwritev(fd, [first[: size // 2 + 3]], offset)
 
-    for name in ("frames._CHUNK_BYTES", "segment._CHUNK_BYTES", "segment_writer._BATCH_BYTES"):
+    for name in ("scan._CHUNK_BYTES", "segment._CHUNK_BYTES", "segment_writer._BATCH_BYTES"):
         monkeypatch.setattr(f"sonde.log.{name}", size)
     monkeypatch.setattr("sonde.log.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)
