@@ -35,6 +35,16 @@ def run_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def writer(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogWriter]:
+    """Write into `run_path`, without pauses between tries and without sealing."""
+    monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
+    writer = LogWriter(run_path, seal=False)
+    yield writer
+    monkeypatch.undo()
+    writer.close()
+
+
+@pytest.fixture
 def memory_path() -> Iterator[Path]:
     """Return an empty folder, in memory where the system has one, for thousands of files."""
     home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
