@@ -14,8 +14,9 @@ import pytest
 from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.journal import Journal
 
-from .conftest import assert_intact, journal_of, journals_of
+from .conftest import assert_intact
 from .doomed import PWritev, append_record, record_of
+from .files import journal_of, journals_of
 
 
 def break_writes(

@@ -12,8 +12,9 @@ import pytest
 
 from sonde.log import LogWriter
 
-from .conftest import assert_intact, journals_of
+from .conftest import assert_intact
 from .doomed import PWritev, append_record
+from .files import journals_of
 
 
 @pytest.mark.parametrize("sync", ["seal", "record"])

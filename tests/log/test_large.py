@@ -21,18 +21,9 @@ from sonde.log.names import stream_name
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
-from .conftest import (
-    Open,
-    assert_holds,
-    assert_identical,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    journals_of,
-    read_records,
-    segments_of,
-)
+from .conftest import Open, assert_holds, assert_identical, read_records
 from .doomed import time_limit
+from .files import frame_bounds, frames_of, journal_of, journals_of, segments_of
 
 GIB = 1 << 30
 SURROGATE = "\ud800"

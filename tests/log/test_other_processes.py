@@ -13,7 +13,7 @@ import pytest
 from sonde.log import open_run
 from sonde.log.layout import is_being_written, lock_path, unlock
 
-from .conftest import frames_of, journal_of
+from .files import frames_of, journal_of
 
 
 def test_forked_child_cannot_touch_the_log_of_its_parent(run_path: Path) -> None:

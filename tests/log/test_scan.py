@@ -14,15 +14,8 @@ from sonde.log.journal import Journal
 from sonde.log.payload import lay_out
 from sonde.log.scan import scan_journal
 
-from .conftest import (
-    assert_intact,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    new_run,
-    overwrite,
-    write_records,
-)
+from .conftest import assert_intact, new_run, write_records
+from .files import frame_bounds, frames_of, journal_of, overwrite
 
 NUM_RECORDS = 6
 

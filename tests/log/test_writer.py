@@ -15,8 +15,9 @@ import pytest
 from sonde.exceptions import InvalidInputError, RunExistsError
 from sonde.log import LogArray, LogWriter, open_run
 
-from .conftest import assert_intact, frames_of, journal_of, journals_of
+from .conftest import assert_intact
 from .doomed import append_record
+from .files import frames_of, journal_of, journals_of
 
 
 def test_closed_run_holds_every_record(run_path: Path, writer: LogWriter) -> None:
