@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sonde
 
-from .test_training import (
+from .live_loop import (
     NUM_EXAMPLES,
     Batch,
     Net,
