@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -128,23 +127,6 @@ def test_half_precision_is_multiplied_in_float32(tmp_path: Path) -> None:
     rows = kept[-1].double()
     assert kept[-1].dtype == torch.bfloat16
     np.testing.assert_allclose(run.activations["0"].gram(), rows @ rows.T, rtol=1e-6, atol=1e-6)
-
-
-def test_a_resumed_training_records_the_step_of_its_checkpoint(tmp_path: Path) -> None:
-    model, data = Net(), batches(4)
-    state: dict[str, Any] = {}
-
-    def first(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        plain_loop(model, data[:2])(recorder, optimizer)
-        state.update(recorder.state_dict())
-
-    def second(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        recorder.load_state_dict(state)
-        plain_loop(model, data[2:])(recorder, optimizer)
-
-    record(tmp_path, model, [activations()], first)
-    run = record(tmp_path, model, [activations()], second, resume=True)
-    assert run.steps("activations") == [0, 1, 2, 3]
 
 
 def test_a_probe_and_the_training_are_recorded_side_by_side(tmp_path: Path) -> None:
