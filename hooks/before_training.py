@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import nn
 from sonde.exceptions import InvalidInputError
 from sonde.sizes import size_text
 
-from .environment import describe_model
+from .environment import describe_model, environment
 from .estimate import Estimate
 from .measures.base import Measure
 from .schedule import Schedule
 from .sharding import agree_on_sources, has_sharded_parameters, is_distributed
+from .sources import check_names, name_probes
 
 
 def check_arguments(
@@ -53,7 +55,22 @@ def check_size(estimated: Estimate, max_step_bytes: int) -> None:
         )
 
 
-def agree(measures: Sequence[Measure], model: nn.Module, num_ranks: int) -> None:
+def prepare(measures: Sequence[Measure], model: nn.Module, num_ranks: int) -> None:
+    """Name the probes, refuse what cannot be recorded, and let all ranks agree.
+
+    Raises:
+        InvalidInputError: If measures cannot be told apart, or ranks cannot talk to each other yet.
+        MismatchError: If ranks were given different measures.
+        SondeError: If a measure does not fit the model.
+    """
+    name_probes(measures)
+    check_names(measures)
+    for measure in measures:
+        measure.check(model)
+    _agree(measures, model, num_ranks)
+
+
+def _agree(measures: Sequence[Measure], model: nn.Module, num_ranks: int) -> None:
     """Let all ranks evaluate together what takes all of them.
 
     Raises:
@@ -80,12 +97,11 @@ def describe(
     when: Schedule,
     model: nn.Module,
     config: Mapping[str, Any] | None,
-    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what `run.json` says of a run."""
     return {
         "name": path.resolve().name,
-        "created": now(),
+        "created": _now(),
         "config": json.loads(json.dumps(dict(config or {}), default=str)),
         "measures": [
             {
@@ -98,10 +114,22 @@ def describe(
         ],
         "probes": {m.source: m.probe.describe() for m in measures if m.probe is not None},
         "model": describe_model(model),
-        "environment": about,
+        "environment": environment(),
     }
 
 
-def now() -> str:
+def describe_attempt(num_ranks: int, *, resume: bool, records_nothing: bool) -> dict[str, Any]:
+    """Return what the log of a rank says of this attempt."""
+    return {
+        "world_size": num_ranks,
+        # Not known yet, until a checkpoint is loaded or the first step is counted.
+        "resume_step": None if resume else 0,
+        "records_nothing": records_nothing,
+        "started": _now(),
+        "hostname": platform.node(),
+    }
+
+
+def _now() -> str:
     """Return the time, UTC, in ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

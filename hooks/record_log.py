@@ -18,6 +18,7 @@ class RecordLog:
 
     Args:
         writer: The log.
+        is_start_stated: The log says already at which step this attempt starts.
 
     Attributes:
         writer: The same.
@@ -25,12 +26,23 @@ class RecordLog:
         num_bytes: The bytes of their arrays.
     """
 
-    def __init__(self, writer: LogWriter) -> None:
+    def __init__(self, writer: LogWriter, *, is_start_stated: bool = True) -> None:
         self.writer = writer
+        self._is_start_stated = is_start_stated
         self.num_records = 0
         self.num_bytes = 0
         self._facts: dict[tuple[str, str, str], Any] = {}
         self._warned: set[str] = set()
+
+    def resume_at(self, step: int) -> None:
+        """State that this attempt goes on at a step; earlier attempts count up to it."""
+        self._is_start_stated = True
+        self.writer.resume_at(step)
+
+    def state_start(self) -> None:
+        """State, unless something else was stated, that this attempt starts at step 0."""
+        if not self._is_start_stated:
+            self.resume_at(0)
 
     def write(self, measure: Measure, recording: Recording, step: int) -> None:
         """Write what a measure recorded at a step."""

@@ -1,15 +1,13 @@
-"""The recorder: counts steps, asks schedules, runs measures, and writes what they return.
+"""The recorder: follows a training, counts its steps, and has what is due measured and written.
 
-Nothing here raises into the training once it runs: a measure that fails is warned of once, marked
-in the log and switched off. What is wrong with the arguments is raised by the constructor, before
-any training.
+Nothing here raises into the training once it runs. What is wrong with the arguments is raised by
+the constructor, before any training.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,17 +20,16 @@ from sonde.log import LogWriter
 from sonde.log.appender import Sync
 
 from . import closing
-from .before_training import agree, check_arguments, check_size, describe, now
-from .environment import environment, process_rank
+from .before_training import check_arguments, check_size, describe, describe_attempt, prepare
+from .due_measures import DueMeasures
+from .environment import process_rank
 from .estimate import Estimate, estimate
-from .live import LiveMeasures
-from .measures.base import Measure, Recording, Subject
+from .measures.base import Measure, Subject
 from .measures.scalars import latest_numbers
 from .record_log import RecordLog
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
 from .select import unwrap
-from .sources import check_names, name_probes
 from .training import Batch, BatchContext, make_batch
 
 
@@ -100,62 +97,49 @@ class Recorder:
         self.num_epochs = 0
         self._epoch_step = 0
         self._subject = Subject(unwrap(model))
-        self._measures = list(measures)
         self._when = log_spaced() if when is None else when
         self._steps_per_epoch = steps_per_epoch
         self._on_error = on_error
-        check_arguments(measures, on_error, steps_per_epoch)
-        name_probes(self._measures)
-        check_names(self._measures)
-        for measure in self._measures:
-            measure.check(self._subject.model)
-        rank, num_ranks = process_rank(os.environ)
-        agree(self._measures, self._subject.model, num_ranks)
-        check_size(self.estimate(), max_step_bytes)
-        self._done: dict[Measure, int] = {}
-        self._recorded_before: set[Measure] = set()  # At the step of the checkpoint.
         self._ends: list[Callable[[], None]] = []
         self._is_closed = False
         self._has_started = False
-        self._is_unstated = resume
-        trainings = [m.training for m in self._measures if m.training is not None]
-        self._live = LiveMeasures(self._subject, trainings[0]) if trainings else None
+        measures = list(measures)
+        check_arguments(measures, on_error, steps_per_epoch)
+        rank, num_ranks = process_rank(os.environ)
+        prepare(measures, self._subject.model, num_ranks)
+        check_size(
+            estimate(self._subject, measures, self._when, None, steps_per_epoch), max_step_bytes
+        )
+        # What it evaluates together with the other ranks, rank 0 records.
+        silent = [m for m in measures if rank and m.is_sharded]
         tables = {
             measure.source: (measure.table(), measure.probe.describe() if measure.probe else {})
-            for measure in self._measures
-            if not (rank and measure.is_sharded)
+            for measure in measures
+            if measure not in silent
         }
-        # What it evaluates together with the other ranks, rank 0 records.
-        self._silent = [m for m in self._measures if rank and m.is_sharded]
-        about = environment()
         if resume and overwrite:
             raise InvalidInputError("give `resume` or `overwrite`, not both")
-        description = describe(
-            self.path, self._measures, self._when, self._subject.model, config, about
-        )
-        attempt = create_run(self.path, description, rank, resume=resume, overwrite=overwrite)
+        description = describe(self.path, measures, self._when, self._subject.model, config)
         writer = LogWriter(
             self.path,
-            attempt=attempt,
+            attempt=create_run(self.path, description, rank, resume=resume, overwrite=overwrite),
             rank=rank,
-            about={
-                "world_size": num_ranks,
-                # Not known yet, until a checkpoint is loaded or the first step is counted.
-                "resume_step": None if resume else 0,
-                "records_nothing": len(self._silent) == len(self._measures),
-                "started": now(),
-                "hostname": about["hostname"],
-            },
+            about=describe_attempt(
+                num_ranks, resume=resume, records_nothing=len(silent) == len(measures)
+            ),
             sync=sync,
             queue_bytes=queue_bytes,
             block=block,
         )
-        self._log = RecordLog(writer)
+        self._log = RecordLog(writer, is_start_stated=not resume)
+        self._due = DueMeasures(
+            measures, self._when, self._subject, self._log, silent=silent, on_error=on_error
+        )
         closing.register(self)
         for source, (table, about_source) in tables.items():
             if table:
                 writer.add_table(source, table, about_source)
-        self._begin_live(0)
+        self._due.begin_live(0)
 
     @property
     def num_records(self) -> int:
@@ -193,8 +177,8 @@ class Recorder:
         def before(_: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             # A closure computes gradients within the step, be they all or the last of several.
             is_complete = not args and kwargs.get("closure") is None
-            if is_complete and self._live is not None and self._live.has_gradients:
-                self._finish_live()
+            if is_complete and self._due.has_gradients:
+                self._due.finish_live(self.num_steps)
             self.start()
 
         def after(*_: object) -> None:
@@ -229,23 +213,22 @@ class Recorder:
         """
         if not self._has_started:
             self._has_started = True
-            self._measure_due(0)
+            self._due.take_due(0)
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
-        self._finish_live()
+        self._due.finish_live(self.num_steps)
         if not self._has_started:
-            self._warn_of_missed_start()
+            self._due.warn_of_missed_start()
             self._has_started = True
         self.num_steps += 1
-        self._recorded_before.clear()
         epoch = None
         if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
             self.num_epochs += 1
             self._epoch_step = self.num_steps
             epoch = self.num_epochs
-        self._measure_due(self.num_steps, epoch)
-        self._begin_live(self.num_steps, epoch)
+        self._due.take_due(self.num_steps, epoch)
+        self._due.begin_live(self.num_steps, epoch)
 
     def epoch(self) -> None:
         """Say that an epoch has ended; not needed where `steps_per_epoch` is given."""
@@ -253,8 +236,8 @@ class Recorder:
             return
         self.num_epochs += 1
         self._epoch_step = self.num_steps
-        self._measure_due(self.num_steps, self.num_epochs)
-        self._begin_live(self.num_steps, self.num_epochs)
+        self._due.take_due(self.num_steps, self.num_epochs)
+        self._due.begin_live(self.num_steps, self.num_epochs)
 
     def log(self, **values: Any) -> None:
         """Note the latest value of scalars, such as the loss; `Scalars` records them when due.
@@ -271,9 +254,7 @@ class Recorder:
 
     def measure(self) -> None:
         """Take every measure now, whether it is due or not, but those of the training itself."""
-        for measure in list(self._measures):
-            if measure.training is None:
-                self._take(measure)
+        self._due.take_all(self.num_steps)
 
     def estimate(self, num_steps: int | None = None) -> Estimate:
         """Estimate how many bytes will be written.
@@ -285,7 +266,8 @@ class Recorder:
             One `MeasureEstimate` each, which prints as a table. What the size of the live batch
             decides, and what fails on the model as it is now, is unknown.
         """
-        return estimate(self._subject, self._measures, self._when, num_steps, self._steps_per_epoch)
+        measures = self._due.measures
+        return estimate(self._subject, measures, self._when, num_steps, self._steps_per_epoch)
 
     def batch(
         self,
@@ -319,7 +301,7 @@ class Recorder:
         Returns:
             A context manager; it need not be used as one.
         """
-        step = None if self._live is None else self._live.step
+        step = self._due.live_step
         if step is not None:
             try:
                 batch = make_batch(ids, targets, loss, reduction, divided_by, num_real)
@@ -333,7 +315,7 @@ class Recorder:
     @property
     def is_observing(self) -> bool:
         """Whether the training's passes are recorded now, so that `batch` has somebody to tell."""
-        step = None if self._live is None else self._live.step
+        step = self._due.live_step
         return step is not None and not step.is_paused
 
     def warn(self, message: str) -> None:
@@ -380,7 +362,7 @@ class Recorder:
                 f"`state` has {sorted(state)} and version {state.get('version')}; expected what "
                 "recorder.state_dict() of this version of sonde returned"
             )
-        if self._has_started or self._done:
+        if self._has_started or self._due.has_begun:
             raise InvalidInputError(
                 f"recording has begun already (step {self.num_steps}); load the state before the "
                 "first step"
@@ -388,18 +370,11 @@ class Recorder:
         self.num_steps = state["num_steps"]
         self.num_epochs = state["num_epochs"]
         self._has_started = True
-        self._is_unstated = False
-        if self._live is not None:
-            self._live.stop()  # Of step 0, before it was known where this goes on.
         self._epoch_step = state.get("epoch_step", 0)
         self._subject.scalars.update(state.get("scalars", {}))
-        self._log.writer.resume_at(self.num_steps + 1)
+        self._log.resume_at(self.num_steps + 1)
         has_ended = self.num_epochs > 0 and self._epoch_step == self.num_steps
-        epoch = self.num_epochs if has_ended else None
-        self._recorded_before = {
-            m for m in self._measures if self._is_due(m, self.num_steps, epoch)
-        }
-        self._begin_live(self.num_steps, epoch)
+        self._due.go_on_from(self.num_steps, self.num_epochs if has_ended else None)
 
     def sync(self) -> None:
         """Return once everything recorded so far would survive a power loss."""
@@ -416,11 +391,11 @@ class Recorder:
             self._log.writer.close(reason, timeout)  # Only waits.
             return
         self._is_closed = True
-        if self._live is not None:
-            self._live.stop()
+        self._due.stop()
         for end in self._ends:
             end()
-        self._report_idle_schedules()
+        if self.num_steps and not self.num_epochs:
+            self._due.warn_of_missed_epochs(self.num_steps)
         self._log.writer.close(reason, timeout)
         self._log.warn_of_trouble()
         closing.forget(self)
@@ -437,119 +412,5 @@ class Recorder:
         self.close("closed" if kind is None else kind.__name__)
 
     def __repr__(self) -> str:
-        names = ", ".join(f"{m.name} ({m.source})" for m in self._measures)
+        names = ", ".join(f"{m.name} ({m.source})" for m in self._due.measures)
         return f"<Recorder {str(self.path)!r} at step {self.num_steps}: {names}>"
-
-    def _measure_due(self, step: int, epoch: int | None = None) -> None:
-        if self._is_closed:
-            return
-        for measure in list(self._measures):
-            if (
-                measure.training is None
-                and self._is_due(measure, step, epoch)
-                and measure not in self._recorded_before
-            ):
-                self._take(measure)
-
-    def _is_due(self, measure: Measure, step: int, epoch: int | None) -> bool:
-        return (measure.when or self._when).is_due(step, epoch)
-
-    def _begin_live(self, step: int, epoch: int | None = None) -> None:
-        """Observe the training between this step and the next, if that is due."""
-        if self._live is None or self._is_closed:
-            return
-        due = [
-            measure
-            for measure in self._measures
-            if measure.training is not None and self._is_due(measure, step, epoch)
-        ]
-        for measure, error in self._live.begin(due).items():
-            self._fail(measure, error)
-
-    def _finish_live(self) -> None:
-        """Record what was seen of the training since the last step."""
-        if self._live is None or self._live.step is None or self._is_closed:
-            return
-        self._state_start()
-        for measure, seen in self._live.finish().items():
-            self._done[measure] = self.num_steps
-            try:
-                if isinstance(seen, Exception):
-                    raise seen
-                self._keep(measure, seen)
-            except Exception as error:
-                self._fail(measure, error)
-        self._log.warn_of_trouble()
-
-    def _state_start(self) -> None:
-        if self._is_unstated:
-            self._is_unstated = False
-            self._log.writer.resume_at(0)
-
-    def _take(self, measure: Measure) -> None:
-        if self._is_closed or self._done.get(measure) == self.num_steps:
-            return
-        self._state_start()
-        if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
-            # A probe would be the first to run the model, and decide its initial weights.
-            reason = "lazy layers have no parameters before the training's first forward pass"
-            self._log.note("missed", self.num_steps, measures=[measure.name], reason=reason)
-            self._log.warn(f"{measure.name} was not taken at step {self.num_steps}: {reason}")
-            return
-        self._done[measure] = self.num_steps
-        try:
-            with nullcontext() if self._live is None else self._live.paused():
-                recording = measure.record(self._subject)
-            self._keep(measure, recording)
-        except Exception as error:  # Training is sacred: whatever fails here must not end it.
-            self._fail(measure, error)
-        self._log.warn_of_trouble()
-
-    def _keep(self, measure: Measure, recording: Recording) -> None:
-        if measure not in self._silent:
-            self._log.write(measure, recording, self.num_steps)
-
-    def _fail(self, measure: Measure, error: Exception) -> None:
-        """Switch a measure off; or raise what is wrong, to debug it."""
-        if self._on_error == "raise":
-            raise error
-        self._measures.remove(measure)
-        reason = f"{type(error).__name__}: {error}"
-        self._log.note(
-            "disabled", self.num_steps, measure=measure.name, source=measure.source, reason=reason
-        )
-        self._log.warn(
-            f"{measure.name} of '{measure.source}' failed at step {self.num_steps} and is switched "
-            f"off; the training goes on ({reason})"
-        )
-
-    def _warn_of_missed_start(self) -> None:
-        missed = [
-            measure.name
-            for measure in self._measures
-            if measure.training is None
-            and self._is_due(measure, 0, None)
-            and measure not in self._done
-        ]
-        if missed and not self._is_closed:
-            reason = (
-                "step 0 was due, but the first call came after one step; call recorder.measure() "
-                "before the loop, or recorder.attach(optimizer)"
-            )
-            self._log.note("missed", 0, measures=missed, reason=reason)
-            self._log.warn(reason)
-
-    def _report_idle_schedules(self) -> None:
-        idle = [
-            measure
-            for measure in self._measures
-            if (measure.when or self._when).needs_epochs and not self.num_epochs
-        ]
-        if idle and self.num_steps:
-            reason = (
-                "no epoch was ever counted; give steps_per_epoch, or call recorder.epoch() at the "
-                "end of each"
-            )
-            names = [measure.name for measure in idle]
-            self._log.note("missed", self.num_steps, measures=names, reason=reason)
-            self._log.warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")

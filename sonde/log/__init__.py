@@ -8,17 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .frames import Damage, LogArray
+    from .damage import Damage
     from .measure_log import LayerLog, MeasureLog
+    from .payload import LogArray
     from .run import Run, open_run
     from .writer import LogWriter
 
 __all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "open_run"]
 
 _HOMES = {
-    "Damage": "frames",
+    "Damage": "damage",
     "LayerLog": "measure_log",
-    "LogArray": "frames",
+    "LogArray": "payload",
     "LogWriter": "writer",
     "MeasureLog": "measure_log",
     "Run": "run",

@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from .folder import WriterFolder
 from .forcing import Forcing
-from .frames import Layout, encode_index, lay_out
+from .frames import encode_index
 from .journal import Journal
 from .layout import journals, sync_folder
 from .losses import Lost, explain
+from .payload import Layout, lay_out
 from .sealing import Sealing
 
 Sync = Literal["seal", "record", "none"]

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .frames import Layout, encode_file_header, encode_header
+from .frames import encode_file_header, encode_header
+from .payload import Layout
 from .positioned import reserve, write_at
 
 _LARGE_BYTES = 1 << 20

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from sonde.exceptions import DamageError, FormatError
 
-from .frames import Frame, describe, from_storage, slot_checksum, storage_dtype
+from .frames import Frame, describe
+from .payload import from_storage, slot_checksum, storage_dtype
 from .positioned import READ_ONLY, read_at
 from .segment import SegmentRecords
 

@@ -20,10 +20,12 @@ import numpy.typing as npt
 
 from sonde.exceptions import DamageError
 
-from .frames import FILE_HEADER_BYTES, Damage, Frame, Scan
+from .damage import Damage
+from .frames import FILE_HEADER_BYTES, Frame
 from .layout import is_being_written, journals, segments, writer_folders
 from .parts import JournalFile, JournalPart, Part, SegmentPart, read_array
 from .positioned import READ_ONLY, read_at
+from .scan import Scan
 from .segment import Segment, SegmentFile, identify
 
 

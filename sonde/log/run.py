@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
+from .damage import Damage
 from .examples import Examples
 from .export.reader import ExportedRun
-from .frames import Damage, link_name
 from .layout import read_run_file
 from .measure_log import MeasureLog
+from .names import link_name
 from .ranks import join
 from .reader import Index, Table
 

@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 from sonde.exceptions import DamageError, FormatError, SondeError
 
-from .frames import Damage, Frame, scan_journal
+from .damage import Damage
+from .frames import Frame
 from .layout import (
     is_being_written,
     journals,
@@ -29,6 +30,7 @@ from .layout import (
     unlock,
     writer_folders,
 )
+from .scan import scan_journal
 from .sealing import END
 from .segment import Segment, identify
 from .segment_writer import write_segment

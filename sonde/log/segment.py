@@ -27,7 +27,8 @@ from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError
 
-from .frames import FORMAT_VERSION, from_storage, slot_checksum, storage_dtype
+from .frames import FORMAT_VERSION
+from .payload import from_storage, slot_checksum, storage_dtype
 from .positioned import READ_ONLY, read_at
 
 # magic, version, reserved; metadata: offset, bytes, crc; what precedes the trailer: bytes, crc of

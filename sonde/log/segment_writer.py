@@ -27,17 +27,10 @@ from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import FormatError
 
-from .frames import (
-    FORMAT_VERSION,
-    ArrayEntry,
-    Frame,
-    Layout,
-    link_name,
-    slot_checksum,
-    storage_dtype,
-    stream_name,
-)
+from .frames import FORMAT_VERSION, Frame
 from .hdf5 import RESERVED_NAMES, NamedGroup, contiguous, offset_of, set_text
+from .names import link_name, stream_name
+from .payload import ArrayEntry, Layout, slot_checksum, storage_dtype
 from .positioned import read_at, reserve, write_at
 from .segment import Stream, checksum_between, encode_streams, encode_trailer
 

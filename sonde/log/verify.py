@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sonde.exceptions import DamageError
 
+from .damage import Damage
 from .export.reader import verify_export
-from .frames import Damage
 from .layout import read_run_file, segments, writer_folders
 from .reader import read_index
 from .segment import Segment, identify

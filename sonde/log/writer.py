@@ -22,8 +22,9 @@ import numpy.typing as npt
 from sonde.exceptions import InvalidInputError, RunExistsError
 
 from .appender import Appender, Pending, Sync, pack
-from .frames import LogArray, encode_index, fill_payload, lay_out, view_payload
+from .frames import encode_index
 from .layout import lock_path, unlock, writer_folder
+from .payload import LogArray, fill_payload, lay_out, view_payload
 from .sealing import Sealing
 
 _NOTE_FIELDS = frozenset(("kind", "sequence"))

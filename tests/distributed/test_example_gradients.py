@@ -6,10 +6,6 @@ sharded parameters (FSDP2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -20,31 +16,11 @@ from sonde.hooks.examplegrads import ExampleGradientResult, example_gradients
 from sonde.log import Run
 
 from .conftest import RunRanks
+from .launches import Trained, assert_same_training
 from .workers import example_gradients as worker
 
 STEPS = list(range(worker.NUM_STEPS))
 STEP_SIZE = worker.BATCH_SIZE * worker.NUM_ACCUMULATED
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a launch left: run directories, and what every rank returned, by name."""
-
-    folder: Path
-    num_ranks: int
-
-    def run(self, kind: str, recorded: str) -> Run:
-        return sonde.open_run(self.folder / f"{kind} {recorded}")
-
-    def results(self, kind: str, recorded: str) -> list[dict[str, Any]]:
-        loaded: list[dict[str, Any]] = torch.load(self.folder / f"{kind} {recorded}.pt")
-        return loaded
-
-    def rows(self, rank: int, step: int) -> list[int]:
-        """The examples that a rank trains on in a step, over all micro-batches."""
-        every = torch.arange(STEP_SIZE) + step * STEP_SIZE
-        parts = [part.chunk(self.num_ranks)[rank] for part in every.split(worker.BATCH_SIZE)]
-        return [int(row) for row in torch.cat(parts)]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +39,13 @@ def alone() -> ExampleGradientResult:
     return example_gradients(model, F.cross_entropy, *worker.data(), store=sonde.Gram())
 
 
+def rows_of(rank: int, step: int, num_ranks: int) -> list[int]:
+    """The examples that a rank trains on in a step, over all micro-batches."""
+    every = torch.arange(STEP_SIZE) + step * STEP_SIZE
+    parts = [part.chunk(num_ranks)[rank] for part in every.split(worker.BATCH_SIZE)]
+    return [int(row) for row in torch.cat(parts)]
+
+
 def coverage(run: Run, source: str) -> list[dict[str, str]]:
     """How parameters are covered, on every rank."""
     notes = [note for note in run.notes if note["event"] == "coverage"]
@@ -75,13 +58,7 @@ kinds = pytest.mark.parametrize("kind", worker.KINDS)
 @kinds
 @pytest.mark.parametrize("recorded", worker.RECORDED)
 def test_training_is_the_same_to_the_last_bit(trained: Trained, kind: str, recorded: str) -> None:
-    expected = trained.results(kind, "nothing")
-    actual = trained.results(kind, recorded)
-    assert len(actual) == trained.num_ranks
-    for rank in range(trained.num_ranks):
-        for name in ("weights", "losses"):
-            pairs = zip(actual[rank][name], expected[rank][name], strict=True)
-            assert all(torch.equal(one, other) for one, other in pairs)
+    assert_same_training(trained, kind, recorded)
 
 
 @kinds
@@ -110,8 +87,8 @@ def test_each_rank_records_the_gradients_of_its_rows(
         for step in STEPS:
             ids = log.ids_at(step)
             assert ids is not None
-            assert ids.tolist() == trained.rows(rank, step)
-        rows = trained.rows(rank, 0)
+            assert ids.tolist() == rows_of(rank, step, trained.num_ranks)
+        rows = rows_of(rank, 0, trained.num_ranks)
         assert alone.total is not None
         np.testing.assert_allclose(log.gram(0), alone.total[rows][:, rows], rtol=1e-3, atol=1e-6)
         for layer in log.layers:

@@ -7,9 +7,7 @@ whose size the number of ranks does not divide.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,30 +18,12 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import Run
 
 from .conftest import RunRanks
+from .launches import Trained, assert_same_training
 from .workers import parallel
 
 STEPS = list(range(parallel.NUM_STEPS + 1))
 PROBED_IDS = list(range(100, 100 + parallel.NUM_PROBED))
 LAYERS = ["conv", "drop", "mix", "norm", "head"]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a launch left: run directories, and what every rank returned, by name."""
-
-    folder: Path
-    num_ranks: int
-
-    def run(self, *name: str) -> Run:
-        return sonde.open_run(self.folder / " ".join(name))
-
-    def problems(self) -> list[dict[str, list[str]]]:
-        paths = [self.folder / f"problems{rank}.json" for rank in range(self.num_ranks)]
-        return [json.loads(path.read_text()) for path in paths]
-
-    def results(self, kind: str, recorded: str) -> list[dict[str, Any]]:
-        loaded: list[dict[str, Any]] = torch.load(self.folder / f"{kind} {recorded}.pt")
-        return loaded
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +45,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return sonde.open_run(path)
 
 
+def problems_of(trained: Trained) -> list[dict[str, list[str]]]:
+    """What each rank was told of what it cannot record."""
+    paths = [trained.folder / f"problems{rank}.json" for rank in range(trained.num_ranks)]
+    return [json.loads(path.read_text()) for path in paths]
+
+
 kinds = pytest.mark.parametrize("kind", parallel.KINDS)
 
 
 @kinds
 @pytest.mark.parametrize("recorded", ["probes", "training"])
 def test_training_is_the_same_to_the_last_bit(trained: Trained, kind: str, recorded: str) -> None:
-    expected = trained.results(kind, "nothing")
-    actual = trained.results(kind, recorded)
-    assert len(actual) == trained.num_ranks
-    for rank in range(trained.num_ranks):
-        for name in ("weights", "losses"):
-            pairs = zip(actual[rank][name], expected[rank][name], strict=True)
-            assert all(torch.equal(one, other) for one, other in pairs)
+    assert_same_training(trained, kind, recorded)
 
 
 @kinds
@@ -167,14 +147,14 @@ def test_gradients_of_examples_add_up_to_those_all_ranks_agree_on(
 
 
 def test_ranks_with_other_probes_are_refused_on_all_of_them(trained: Trained) -> None:
-    for told in trained.problems():
+    for told in problems_of(trained):
         (message,) = told["refused"]
         assert message.startswith("MismatchError: rank 1 measures activations of 'probe' (")
         assert message.endswith("so give each rank the same measures and the same whole probe")
 
 
 def test_what_fails_on_one_rank_is_switched_off_on_all(trained: Trained) -> None:
-    for told in trained.problems():
+    for told in problems_of(trained):
         first, second = told["failing"]
         assert "activations of 'a' failed at step 0 and is switched off" in first
         assert "predictions of 'b' failed at step 0 and is switched off" in second

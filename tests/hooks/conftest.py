@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sonde
 from sonde.hooks.losses import Loss
 
 
@@ -83,3 +84,15 @@ def loop_gram(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> 
         )
     stacked = torch.stack(rows).double()
     return stacked @ stacked.T
+
+
+def everything(images: Tensor, classes: Tensor) -> list[sonde.hooks.Measure]:
+    """Measures of every kind, of one probe."""
+    probe = sonde.Probe(images, classes, batch_size=10)
+    return [
+        sonde.Activations(probe),
+        sonde.ExampleGradients(probe, F.cross_entropy),
+        sonde.Predictions(probe),
+        sonde.DecisionPlanes(images, classes, triplets=3, resolution=6),
+        sonde.Scalars(),
+    ]

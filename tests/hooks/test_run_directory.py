@@ -1,4 +1,4 @@
-"""The run directory of several ranks: one attempt for all, whoever comes first."""
+"""The run directory of a recorder: whose run is in it, and one attempt for all ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import sonde
-from sonde.exceptions import RunExistsError, RunNotFoundError
+from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
 from sonde.hooks import run_directory
-from sonde.log.layout import writer_folders
+from sonde.log import LogWriter
+from sonde.log.layout import write_run_file, writer_folders
 
 Make = Callable[..., sonde.Recorder]
 
@@ -180,3 +181,63 @@ def test_processes_that_resume_leave_each_step_once(
             assert run.rank(rank)[measure].steps == list(range(9))
             counts["(step, rank, measure) of resumed trainings, each read once"] += 9
     assert run.damage == []
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path, images: Tensor) -> None:
+    def make(**options: Any) -> sonde.Recorder:
+        measure = sonde.Predictions(sonde.Probe(images))
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], **options)
+
+    first = make()
+    first.measure()
+    first.close()
+    with pytest.raises(
+        RunExistsError, match=r"already holds a run; .* resume=True, .* overwrite=True"
+    ):
+        make()
+    make(overwrite=True).close()
+    assert sonde.open_run(tmp_path / "run").steps() == []
+
+
+def test_a_recorder_of_an_earlier_try_is_closed_before_its_run_is_overwritten(
+    tmp_path: Path, images: Tensor
+) -> None:
+    def make() -> sonde.Recorder:
+        measure = sonde.Predictions(sonde.Probe(images))
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], overwrite=True)
+
+    first = make()
+    second = make()
+    first.measure()
+    second.measure()
+    first.close()
+    assert sonde.open_run(tmp_path / "run").state == "recording"
+    second.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0]
+
+
+def test_a_run_that_another_process_writes_is_not_overwritten(
+    tmp_path: Path, images: Tensor
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    write_run_file(path, {})
+    writer = LogWriter(path, seal=False)
+    measure = sonde.Predictions(sonde.Probe(images))
+    with pytest.raises(RunExistsError, match="is being written by another process"):
+        sonde.Recorder(path, nn.Flatten(), [measure], overwrite=True)
+    writer.close()
+
+
+def test_other_examples_or_measures_are_not_mixed_into_a_run(
+    tmp_path: Path, images: Tensor
+) -> None:
+    def make(data: Tensor, **options: Any) -> sonde.Recorder:
+        measure = sonde.Activations(sonde.Probe(data), "", **options)
+        return sonde.Recorder(tmp_path / "run", nn.Flatten(), [measure], resume=True)
+
+    make(images).close()
+    with pytest.raises(MismatchError, match=r"other examples as 'probe' \(input_digest"):
+        make(images * 2)
+    with pytest.raises(MismatchError, match="was recorded with other measures"):
+        make(images, store=sonde.Sketch(4))

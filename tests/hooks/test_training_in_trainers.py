@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sonde
 
-from .test_training import (
+from .live_loop import (
     NUM_EXAMPLES,
     Batch,
     Net,
@@ -129,58 +129,3 @@ def test_a_forward_that_is_replaced_for_a_while_is_not_run_to_find_the_batch_axi
         run = record(tmp_path, model, [activations("3")], loop)
     assert sizes == [NUM_EXAMPLES]
     assert run.activations.layers == ["3"]
-
-
-def test_a_state_of_the_end_of_an_epoch_begins_what_an_epoch_begins(tmp_path: Path) -> None:
-    model, data = Net(), batches(2)
-    state: dict[str, object] = {}
-
-    def first(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        recorder.log(loss=torch.tensor(0.5), name="text")
-        plain_loop(model, data[:1])(recorder, optimizer)
-        recorder.epoch()
-        state.update(recorder.state_dict())
-
-    def second(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        recorder.load_state_dict(state)
-        plain_loop(model, data[1:])(recorder, optimizer)
-
-    measures = [activations(), sonde.Scalars(when=sonde.at(2))]
-    record(tmp_path, model, measures, first, when=sonde.epochs(1))
-    run = record(tmp_path, model, measures, second, when=sonde.epochs(1), resume=True)
-    assert run.steps("activations") == [0, 1]
-    # What was logged before the checkpoint is the latest value after it.
-    assert run["scalars"].array("loss", 2) == 0.5
-
-
-def test_a_state_is_given_without_waiting_for_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = sonde.Recorder(tmp_path / "run", Net(), [sonde.Scalars()])
-    monkeypatch.setattr(recorder, "sync", lambda: pytest.fail("it waits"))
-    assert recorder.state_dict(sync=False)["num_steps"] == 0
-    recorder.close()
-
-
-def test_an_epoch_that_ends_after_a_checkpoint_records_only_what_it_makes_due(
-    tmp_path: Path,
-) -> None:
-    model, data = Net(), batches(1)
-    state: dict[str, object] = {}
-
-    def first(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        plain_loop(model, data)(recorder, optimizer)
-        state.update(recorder.state_dict())
-        recorder.epoch()
-
-    def second(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        recorder.load_state_dict(state)
-        optimizer.param_groups[0]["lr"] = 0.5
-        recorder.epoch()
-
-    probe = sonde.Probe(data[0].inputs)
-    measures = [sonde.Scalars(), sonde.Predictions(probe, when=sonde.epochs(1))]
-    record(tmp_path, model, measures, first)
-    run = record(tmp_path, model, measures, second, resume=True)
-    assert run["scalars"].array("learning_rate", 1) == 0.1
-    assert run.steps("predictions") == [0, 1]

@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-import sonde
 from sonde.integrations.lightning import SondeCallback
 
-from .trainings import NUM_EXAMPLES, body, data, measures, smooth_body
+from .trainings import NUM_EXAMPLES, body, data, in_band, smooth_body
 
 quiet = pytest.mark.filterwarnings(
     # Lightning's own way with torch of today; then advice on speed and on what is left out.
@@ -87,18 +86,8 @@ class Module(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def in_band(path: Path, **options: Any) -> SondeCallback:
-    return SondeCallback(
-        path,
-        **{
-            "measures": measures(probe=False),
-            "when": sonde.every(1),
-            "id_key": "ids",
-            "reduction": "mean",
-            "on_error": "raise",
-            **options,
-        },
-    )
+def in_band_callback(path: Path, *, id_key: str | int = "ids", **options: Any) -> SondeCallback:
+    return SondeCallback(path, **in_band(id_key, **options))
 
 
 def train(

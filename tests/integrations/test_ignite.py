@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,16 +17,24 @@ import sonde
 from sonde.exceptions import RunExistsError, SondeWarning
 from sonde.integrations.ignite import SondeHandler
 
+from .outcomes import (
+    assert_closed,
+    assert_gradients,
+    assert_recorded_every_batch,
+    assert_resumes,
+    assert_same_training,
+    state_of,
+)
 from .trainings import (
     NUM_EXAMPLES,
     alone,
-    assert_same_log,
-    assert_same_training,
     body,
+    break_recorders,
     data,
+    in_band,
     measures,
     smooth_body,
-    state_of,
+    told,
 )
 
 Setup = Callable[[Engine, nn.Module, torch.optim.Optimizer, "SondeHandler | None"], object]
@@ -77,14 +81,7 @@ def train(
     handler = None
     loss: Callable[..., Tensor] = F.cross_entropy
     if path is not None:
-        chosen: dict[str, Any] = {
-            "measures": measures(probe=False),
-            "when": sonde.every(1),
-            "id_key": "ids" if named else 2,
-            "reduction": "mean",
-            "on_error": "raise",
-            **options,
-        }
+        chosen = in_band("ids" if named else 2, **options)
         handler = SondeHandler(path, model, optimizer, **chosen)
         loss = handler.watch_loss(F.cross_entropy)
 
@@ -139,12 +136,8 @@ def test_training_is_bit_identical_with_and_without_the_handler(
     recorded, recorded_losses = train(tmp_path / "run", **options)
     assert_same_training(state_of(recorded), expected)
     assert recorded_losses == losses
-    run = sonde.open_run(tmp_path / "run")
-    assert run.state == "finished"
-    assert run.steps("activations") == list(range(num_steps))
-    # An evaluation is not taken for the training.
-    sizes = [run.activations.attributes(step)["micro_batches"] for step in range(num_steps)]
-    assert [size for step in sizes for size in step] == [4, 4, 4, 4, 4, 2] * 2
+    assert sonde.open_run(tmp_path / "run").state == "finished"
+    assert_recorded_every_batch(tmp_path / "run", num_steps)
 
 
 def test_training_is_bit_identical_with_a_probe(tmp_path: Path) -> None:
@@ -164,7 +157,7 @@ def test_gradients_in_band_are_those_of_each_example_alone(
     tmp_path: Path, named: bool, amp: bool, tolerance: float
 ) -> None:
     model = smooth_body()
-    expected = alone(model, model[0], *data()).numpy()
+    expected = alone(model, model[0], *data())
     measure = sonde.OutputGradients(sonde.TRAINING, "0", sonde.Full())
     train(
         tmp_path / "run",
@@ -175,12 +168,8 @@ def test_gradients_in_band_are_those_of_each_example_alone(
         named=named,
         amp=amp,
     )
-    log = sonde.open_run(tmp_path / "run")["output_gradients"]
-    found = log["0"].features(0)
-    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
-    ids = log.ids_at(0)
-    assert ids is not None
-    assert ids.tolist() == list(range(100, 100 + NUM_EXAMPLES))
+    ids = range(100, 100 + NUM_EXAMPLES)
+    assert_gradients(tmp_path / "run", "0", expected, tolerance, ids)
 
 
 def test_without_a_reduction_gradients_keep_their_scale(tmp_path: Path) -> None:
@@ -199,14 +188,6 @@ def test_what_the_engine_puts_out_is_recorded(tmp_path: Path) -> None:
 # Six steps an epoch: in the middle of one, at its end, and in the middle of the last.
 @pytest.mark.parametrize("at", [2, 6, 8])
 def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
-    x, y = data()
-    in_all: list[sonde.hooks.Measure] = [
-        sonde.Activations(sonde.TRAINING, when=sonde.epochs(1) | sonde.every(5)),
-        sonde.OutputGradients(sonde.TRAINING, "0"),
-        sonde.Scalars(),
-        sonde.Predictions(sonde.Probe(x[:5], y[:5]), when=sonde.epochs(1)),
-    ]
-
     def checkpoints(folder: Path, resume: int | None) -> Setup:
         def setup(
             engine: Engine,
@@ -223,8 +204,7 @@ def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(tmp_path: Pat
 
         return setup
 
-    for name, resume in (("whole", None), ("cut", None), ("cut", at)):
-        path = tmp_path / name
+    def run(path: Path, in_all: Sequence[sonde.hooks.Measure], resume: int | None) -> nn.Module:
         model, _ = train(
             path / "run",
             model=smooth_body(),
@@ -232,13 +212,9 @@ def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(tmp_path: Pat
             setup=checkpoints(path / "checkpoints", resume),
             start=(resume or 0) % 6,
         )
-        if name == "whole":
-            expected = state_of(model)
-    assert_same_training(state_of(model), expected)
-    assert_same_log(tmp_path / "cut/run", tmp_path / "whole/run", ["scalars", "activations"])
-    run = sonde.open_run(tmp_path / "cut/run")
-    assert [attempt["resume_step"] for attempt in run.attempts] == [0, at + 1]
-    assert run.steps("predictions") == [0, 6, 12]
+        return model
+
+    assert_resumes(tmp_path, at, run)
 
 
 def test_a_checkpoint_that_was_written_without_the_handler_is_warned_of(tmp_path: Path) -> None:
@@ -284,34 +260,16 @@ def test_an_exception_closes_the_run_and_goes_on_as_without_the_handler(
         with pytest.raises(RuntimeError, match="out of memory"):
             train(tmp_path / "run", model=model, setup=setup)
     assert bool(handled) is is_handled
-    run = sonde.open_run(tmp_path / "run")
-    assert (run.state, run.steps("activations")) == ("finished", [0, 1, 2])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_closed(tmp_path / "run", 3, model)
 
 
 def test_a_failure_of_ours_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("broken")
-
     expected = state_of(train(None)[0])
-    for name in ("batch", "log"):
-        monkeypatch.setattr(sonde.Recorder, name, fail)
-    monkeypatch.setattr(sonde.Scalars, "record", fail)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    break_recorders(monkeypatch, "batch", "log")
+    with told() as messages:
         model, _ = train(tmp_path / "run", on_error="warn")
     assert_same_training(state_of(model), expected)
-    told = " ".join(str(w.message) for w in caught if w.category is SondeWarning)
     for part in ("scalars of", "ids cannot be read", "loss cannot be read", "engine puts out"):
-        assert part in told
-
-
-def test_without_the_package_one_line_names_the_extra() -> None:
-    code = "import sys; sys.modules['ignite'] = None; import sonde.integrations.ignite"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == (
-        "sonde.exceptions.MissingExtraError: sonde.integrations.ignite needs pytorch-ignite; "
-        "install it by: pip install 'sonde[ignite]'"
-    )
+        assert part in " ".join(messages)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,8 +14,9 @@ import sonde
 from sonde.exceptions import SondeWarning
 from sonde.integrations.lightning import SondeCallback
 
-from .lightning_trainings import Loader, Module, in_band, order, quiet, train
-from .trainings import alone, assert_same_training, data, measures, state_of
+from .lightning_trainings import Loader, Module, in_band_callback, order, quiet, train
+from .outcomes import assert_gradients, assert_recorded_every_batch, assert_same_training, state_of
+from .trainings import alone, data, measures
 
 pytestmark = quiet
 
@@ -44,15 +42,15 @@ def test_training_is_bit_identical_with_and_without_the_callback(
 
     plain = train(tmp_path, **{**options, "module": module()})
     expected = state_of(plain)
-    recorded = train(tmp_path, in_band(tmp_path / "run"), **{**options, "module": module()})
+    recorded = train(
+        tmp_path, in_band_callback(tmp_path / "run"), **{**options, "module": module()}
+    )
     assert_same_training(state_of(recorded), expected)
     assert recorded.losses == plain.losses
+    # Neither a validation nor the sanity check is taken for the training.
+    assert_recorded_every_batch(tmp_path / "run", num_steps)
     run = sonde.open_run(tmp_path / "run")
     assert run.state == "finished"
-    assert run.steps("activations") == list(range(num_steps))
-    # Neither a validation nor the sanity check is taken for the training.
-    sizes = [run.activations.attributes(step)["micro_batches"] for step in range(num_steps)]
-    assert [size for step in sizes for size in step] == [4, 4, 4, 4, 4, 2] * 2
     assert len(run.layers) == 5
 
 
@@ -79,9 +77,9 @@ def test_gradients_in_band_are_those_of_each_example_alone(
 ) -> None:
     module = Module(smooth=True)
     inputs, classes = data()
-    expected = alone(module.body, module.body[0], inputs[order()], classes[order()]).numpy()
+    expected = alone(module.body, module.body[0], inputs[order()], classes[order()])
     measure = sonde.OutputGradients(sonde.TRAINING, "body.0", sonde.Full())
-    callback = in_band(tmp_path / "run", measures=[measure])
+    callback = in_band_callback(tmp_path / "run", measures=[measure])
     # The last micro-batch is the one that is computed inside the optimizer's step.
     train(
         tmp_path,
@@ -91,31 +89,28 @@ def test_gradients_in_band_are_those_of_each_example_alone(
         accumulate_grad_batches=6,
         **options,
     )
+    ids = (order() + 100).tolist()
+    assert_gradients(tmp_path / "run", "body.0", expected, tolerance, ids)
     log = sonde.open_run(tmp_path / "run")["output_gradients"]
-    found = log["body.0"].features(0)
-    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
     assert log.attributes(0)["micro_batches"] == [4, 4, 4, 4, 4, 2]
-    ids = log.ids_at(0)
-    assert ids is not None
-    assert ids.tolist() == (order() + 100).tolist()
 
 
 def test_ids_may_be_at_a_position_of_the_batch(tmp_path: Path) -> None:
-    train(tmp_path, in_band(tmp_path / "run", id_key=2), loader=Loader(as_tuples=True))
+    train(tmp_path, in_band_callback(tmp_path / "run", id_key=2), loader=Loader(as_tuples=True))
     ids = sonde.open_run(tmp_path / "run").activations.ids_at(0)
     assert ids is not None
     assert ids.tolist() == (order()[:4] + 100).tolist()
 
 
 def test_without_a_reduction_gradients_keep_their_scale(tmp_path: Path) -> None:
-    train(tmp_path, in_band(tmp_path / "run", reduction=None))
+    train(tmp_path, in_band_callback(tmp_path / "run", reduction=None))
     log = sonde.open_run(tmp_path / "run")["output_gradients"]
     assert log.attributes(0)["scale"].startswith("unknown")
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_loss_and_what_the_module_logs_are_recorded(tmp_path: Path, half: bool) -> None:
-    callback = in_band(tmp_path / "run", measures=[sonde.Scalars()])
+    callback = in_band_callback(tmp_path / "run", measures=[sonde.Scalars()])
     module = train(tmp_path, callback, validate=True, accumulate_grad_batches=2, half=half)
     log = sonde.open_run(tmp_path / "run")["scalars"]
     for step in range(1, 7):  # The loss of the latest micro-batch before the step.
@@ -141,18 +136,9 @@ def test_under_a_wrapper_that_redirects_the_forward_the_step_runs_once(
     plain = train(tmp_path, **options)
     expected = state_of(plain)
     with pytest.warns(SondeWarning, match="its forward was replaced"):
-        recorded = train(tmp_path, in_band(tmp_path / "run"), **options)
+        recorded = train(tmp_path, in_band_callback(tmp_path / "run"), **options)
     assert_same_training(state_of(recorded), expected)
     assert recorded.losses == plain.losses
     run = sonde.open_run(tmp_path / "run")
     assert run.layers == ["body.0", "body.1", "body.2", "body.3", "body.4"]
     assert run.activations.ids_at(11) is not None
-
-
-def test_without_the_package_one_line_names_the_extra() -> None:
-    code = "import sys; sys.modules['lightning'] = None; import sonde.integrations.lightning"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == (
-        "sonde.exceptions.MissingExtraError: sonde.integrations.lightning needs lightning; "
-        "install it by: pip install 'sonde[lightning]'"
-    )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 import sonde
-from sonde.exceptions import RunExistsError, SondeWarning
+from sonde.exceptions import RunExistsError
 
-from .lightning_trainings import Loader, Module, in_band, quiet, train
-from .trainings import assert_same_log, assert_same_training, data, state_of
+from .lightning_trainings import Loader, Module, in_band_callback, quiet, train
+from .outcomes import assert_closed, assert_resumes, assert_same_training, state_of
+from .trainings import break_recorders, told
 
 pytestmark = quiet
 
@@ -24,16 +26,7 @@ pytestmark = quiet
 def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
     tmp_path: Path, every: str, at: int
 ) -> None:
-    x, y = data()
-    when = sonde.epochs(1) | sonde.every(5)
-    in_all: list[sonde.hooks.Measure] = [
-        sonde.Activations(sonde.TRAINING, when=when),
-        sonde.OutputGradients(sonde.TRAINING, "*0"),
-        sonde.Scalars(),
-        sonde.Predictions(sonde.Probe(x[:5], y[:5]), when=sonde.epochs(1)),
-    ]
-    for name, resume in (("whole", None), ("cut", None), ("cut", at)):
-        path = tmp_path / name
+    def run(path: Path, in_all: Sequence[sonde.hooks.Measure], resume: int | None) -> nn.Module:
         checkpoints = ModelCheckpoint(
             path / "checkpoints",
             filename="{step}",
@@ -41,21 +34,15 @@ def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
             every_n_train_steps=2 if every == "steps" else None,
             every_n_epochs=1 if every == "epoch" else None,
         )
-        checkpoint = None if resume is None else path / f"checkpoints/step={resume}.ckpt"
-        module = train(
+        return train(
             path,
-            in_band(path / "run", measures=in_all),
+            in_band_callback(path / "run", measures=in_all),
             checkpoints,
             module=Module(smooth=True),  # Checkpoints of Lightning hold no random states.
-            resume=checkpoint,
+            resume=None if resume is None else path / f"checkpoints/step={resume}.ckpt",
         )
-        if name == "whole":
-            expected = state_of(module)
-    assert_same_training(state_of(module), expected)
-    run = sonde.open_run(tmp_path / "cut/run")
-    assert [attempt["resume_step"] for attempt in run.attempts] == [0, at + 1]
-    assert run.steps("predictions") == [0, 6, 12]
-    assert_same_log(tmp_path / "cut/run", tmp_path / "whole/run", ["scalars", "activations"])
+
+    assert_resumes(tmp_path, at, run)
 
 
 def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
@@ -65,7 +52,7 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
         tmp_path / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=8
     )
     train(tmp_path, checkpoints)
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     train(tmp_path, callback, resume=tmp_path / "checkpoints/step=8.ckpt")
     assert sonde.open_run(tmp_path / "run").steps("activations") == [8, 9, 10, 11]
     assert callback.recorder is not None
@@ -73,15 +60,15 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
 
 
 def test_a_run_that_exists_is_refused_before_the_training_begins(tmp_path: Path) -> None:
-    train(tmp_path, in_band(tmp_path / "run"))
+    train(tmp_path, in_band_callback(tmp_path / "run"))
     module = Module()
     with pytest.raises(RunExistsError, match="already holds a run"):
-        train(tmp_path, in_band(tmp_path / "run"), module=module)
+        train(tmp_path, in_band_callback(tmp_path / "run"), module=module)
     assert module.losses == []
 
 
 def test_a_trainer_that_trains_on_goes_on_with_the_run(tmp_path: Path) -> None:
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -109,28 +96,19 @@ def test_an_exception_closes_the_run_and_leaves_the_model_free(tmp_path: Path) -
 
     module = Module()
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, in_band(tmp_path / "run"), Failing(), module=module)
-    run = sonde.open_run(tmp_path / "run")
-    assert (run.state, run.steps("activations")) == ("finished", [0, 1, 2])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+        train(tmp_path, in_band_callback(tmp_path / "run"), Failing(), module=module)
+    assert_closed(tmp_path / "run", 3, module)
 
 
 def test_a_failure_of_ours_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("broken")
-
     expected = state_of(train(tmp_path, validate=True))
-    for name in ("batch", "state_dict"):
-        monkeypatch.setattr(sonde.Recorder, name, fail)
-    monkeypatch.setattr(sonde.Scalars, "record", fail)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    break_recorders(monkeypatch, "batch", "state_dict")
+    with told() as messages:
         checkpoints = ModelCheckpoint(tmp_path / "checkpoints")
-        callback = in_band(tmp_path / "run", on_error="warn")
+        callback = in_band_callback(tmp_path / "run", on_error="warn")
         module = train(tmp_path, callback, checkpoints, validate=True)
     assert_same_training(state_of(module), expected)
-    told = " ".join(str(w.message) for w in caught if w.category is SondeWarning)
     for part in ("scalars of", "ids cannot be read", "loss cannot be read", "checkpoint lacks"):
-        assert part in told
+        assert part in " ".join(messages)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,15 @@ import sonde
 from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
 from sonde.integrations.transformers import SondeCallback
 
-from .trainings import (
-    NUM_EXAMPLES,
-    alone,
-    assert_same_log,
+from .outcomes import (
+    assert_closed,
+    assert_gradients,
+    assert_recorded_every_batch,
+    assert_resumes,
     assert_same_training,
-    body,
-    data,
-    measures,
-    smooth_body,
     state_of,
 )
+from .trainings import NUM_EXAMPLES, alone, body, break_recorders, data, in_band, smooth_body, told
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -137,18 +132,8 @@ def train(
     return model, losses.losses
 
 
-def in_band(path: Path, **options: Any) -> SondeCallback:
-    return SondeCallback(
-        path,
-        **{
-            "measures": measures(probe=False),
-            "when": sonde.every(1),
-            "id_key": "example_id",
-            "reduction": "mean",
-            "on_error": "raise",
-            **options,
-        },
-    )
+def in_band_callback(path: Path, **options: Any) -> SondeCallback:
+    return SondeCallback(path, **in_band("example_id", **options))
 
 
 class WithoutIds(Classifier):
@@ -175,15 +160,12 @@ def test_training_is_bit_identical_with_and_without_the_callback(
 ) -> None:
     plain, losses = train(tmp_path, None, WithoutIds(), **options)
     expected = state_of(plain)
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     recorded, recorded_losses = train(tmp_path, callback, WithoutIds(), **options)
     assert_same_training(state_of(recorded), expected)
     assert recorded_losses == losses
-    run = sonde.open_run(tmp_path / "run")
-    assert run.steps("activations") == list(range(num_steps))
     # Neither an evaluation nor a probe is taken for the training.
-    sizes = [run.activations.attributes(step)["micro_batches"] for step in range(num_steps)]
-    assert sum(sizes, []) == [4, 4, 4, 4, 4, 2] * 2  # noqa: RUF017 - they are few
+    assert_recorded_every_batch(tmp_path / "run", num_steps)
 
 
 def test_training_is_bit_identical_with_a_probe(tmp_path: Path) -> None:
@@ -211,7 +193,7 @@ def test_training_is_bit_identical_with_a_probe(tmp_path: Path) -> None:
 
 def one_step(path: Path, model: nn.Module, **options: Any) -> sonde.Run:
     """Record the output gradients of one step over all examples, without shuffling."""
-    callback = in_band(
+    callback = in_band_callback(
         path / "run",
         measures=[sonde.OutputGradients(sonde.TRAINING, "body.0", sonde.Full())],
         reduction=options.pop("reduction", "mean"),
@@ -226,15 +208,12 @@ def test_gradients_in_band_are_those_of_each_example_alone(
     tmp_path: Path, bf16: bool, tolerance: float
 ) -> None:
     model = Classifier(smooth=True)
-    expected = alone(model.body, model.body[0], *data()).numpy()
+    expected = alone(model.body, model.body[0], *data())
     log = one_step(tmp_path, model, bf16=bf16)["output_gradients"]
-    found = log["body.0"].features(0)
-    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+    ids = range(100, 100 + NUM_EXAMPLES)
+    assert_gradients(tmp_path / "run", "body.0", expected, tolerance, ids)
     assert log.attributes(0)["micro_batches"] == [4, 4, 4, 4, 4, 2]
     assert "not divided" in log.attributes(0)["scale"]
-    ids = log.ids_at(0)
-    assert ids is not None
-    assert ids.tolist() == list(range(100, 100 + NUM_EXAMPLES))
 
 
 def test_a_loss_over_all_micro_batches_is_not_taken_for_a_mean(tmp_path: Path) -> None:
@@ -268,30 +247,16 @@ def test_a_resumed_training_leaves_the_log_of_an_uninterrupted_one(
     if is_stream:
         options["max_steps"] = 12
     options["restore_callback_states_from_checkpoint"] = at == 8
-    when = sonde.epochs(1) | sonde.every(5)
-    in_all: list[sonde.hooks.Measure] = [
-        sonde.Activations(sonde.TRAINING, when=when),
-        sonde.OutputGradients(sonde.TRAINING, "*0"),
-        sonde.Scalars(),
-        of_a_probe(),
-    ]
-    for name, resume in (("whole", None), ("cut", None), ("cut", at)):
-        path = tmp_path / name
-        callback = in_band(path / "run", measures=in_all)
+
+    def run(path: Path, in_all: Sequence[sonde.hooks.Measure], resume: int | None) -> nn.Module:
+        callback = in_band_callback(path / "run", measures=in_all)
         checkpoint = None if resume is None else str(path / f"checkpoints/checkpoint-{resume}")
         model, _ = train(path, callback, dataset=dataset, resume=checkpoint, **options)
-        if name == "whole":
-            expected = state_of(model)
-    assert_same_training(state_of(model), expected)
-    assert_same_log(tmp_path / "cut/run", tmp_path / "whole/run", ["scalars", "activations"])
-    run = sonde.open_run(tmp_path / "cut/run")
-    assert [attempt["resume_step"] for attempt in run.attempts] == [0, at + 1]
-    assert run.steps("predictions") == ([0, 6] if is_stream else [0, 6, 12])
+        return model
 
-
-def of_a_probe() -> sonde.Predictions:
     x, y = data()
-    return sonde.Predictions(sonde.Probe({"inputs": x[:5]}, y[:5]), when=sonde.epochs(1))
+    probe = sonde.Probe({"inputs": x[:5]}, y[:5])
+    assert_resumes(tmp_path, at, run, probe=probe, predicted=[0, 6] if is_stream else [0, 6, 12])
 
 
 def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
@@ -299,7 +264,7 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
 ) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
     train(tmp_path, None, WithoutIds(), **options)
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     checkpoint = str(tmp_path / "checkpoints/checkpoint-8")
     train(tmp_path, callback, WithoutIds(), resume=checkpoint, **options)
     run = sonde.open_run(tmp_path / "run")
@@ -309,7 +274,7 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
 
 
 def test_a_second_training_by_one_callback_is_refused_before_it_begins(tmp_path: Path) -> None:
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     train(tmp_path, callback)
     with pytest.raises(RunExistsError, match="already holds a run"):
         train(tmp_path, callback)
@@ -347,21 +312,14 @@ def test_what_the_trainer_logs_is_recorded(tmp_path: Path) -> None:
 def test_a_failure_of_ours_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(sonde.Scalars, "record", fail)
-    monkeypatch.setattr(sonde.Recorder, "batch", fail)
-    monkeypatch.setattr(sonde.Recorder, "state_dict", fail)
+    break_recorders(monkeypatch, "batch", "state_dict")
     expected = state_of(train(tmp_path / "plain", None, WithoutIds())[0])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        callback = in_band(tmp_path / "run", on_error="warn")
+    with told() as messages:
+        callback = in_band_callback(tmp_path / "run", on_error="warn")
         model, _ = train(tmp_path, callback, WithoutIds())
     assert_same_training(state_of(model), expected)
-    told = " ".join(str(w.message) for w in caught if w.category is SondeWarning)
     for part in ("scalars of", "ids cannot be read", "loss cannot be read", "checkpoint lacks"):
-        assert part in told
+        assert part in " ".join(messages)
 
 
 def test_after_an_exception_the_run_can_be_closed_and_the_model_is_free(tmp_path: Path) -> None:
@@ -371,27 +329,16 @@ def test_after_an_exception_the_run_can_be_closed_and_the_model_is_free(tmp_path
                 raise KeyboardInterrupt
 
     model = WithoutIds()
-    callback = in_band(tmp_path / "run")
+    callback = in_band_callback(tmp_path / "run")
     trainer = Trainer(
         model, arguments(tmp_path), train_dataset=Rows(), callbacks=[callback, Failing()]
     )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     callback.close()
-    run = sonde.open_run(tmp_path / "run")
-    assert (run.state, run.steps("activations")) == ("finished", [0, 1, 2])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_closed(tmp_path / "run", 3, model)
 
 
 def test_a_position_as_id_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"`id_key` \(=2\) must be a name"):
         SondeCallback(tmp_path / "run", id_key=2)
-
-
-def test_without_the_package_one_line_names_the_extra() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import sonde.integrations.transformers"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == (
-        "sonde.exceptions.MissingExtraError: sonde.integrations.transformers needs transformers; "
-        "install it by: pip install 'sonde[transformers]'"
-    )

@@ -1,20 +1,20 @@
-"""What the tests of trainers share: a model, data, the slow way to gradients, equal logs."""
+"""What the tests of trainers share: a model, data, measures, slow gradients, and failures."""
 
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
+from sonde.exceptions import SondeWarning
 
 NUM_EXAMPLES = 22  # Batches of four: five whole ones, and one of two.
 NUM_CLASSES = 3
@@ -63,6 +63,18 @@ def measures(*, probe: bool = True) -> list[sonde.hooks.Measure]:
     ]
 
 
+def in_band(id_key: str | int, **options: Any) -> dict[str, Any]:
+    """What to record of the training's own passes, at every step, and raise what fails."""
+    return {
+        "measures": measures(probe=False),
+        "when": sonde.every(1),
+        "id_key": id_key,
+        "reduction": "mean",
+        "on_error": "raise",
+        **options,
+    }
+
+
 def alone(model: nn.Module, layer: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Gradients of each example's own loss by a layer's output, one example at a time, in float64.
 
@@ -90,38 +102,22 @@ def alone(model: nn.Module, layer: nn.Module, inputs: Tensor, targets: Tensor) -
     return torch.stack(rows)
 
 
-def state_of(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """All that a training changes: weights, buffers, and where the random numbers are."""
-    state = {name: tensor.detach().clone().numpy() for name, tensor in model.state_dict().items()}
-    state["torch random state"] = torch.get_rng_state().numpy()
-    state["numpy random state"] = np.random.get_state(legacy=False)["state"]["key"]
-    state["python random state"] = np.asarray(random.getstate()[1])
-    return state
+def break_recorders(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    """Let these methods of a recorder fail, and the record of `Scalars`."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken")
+
+    for name in methods:
+        monkeypatch.setattr(sonde.Recorder, name, fail)
+    monkeypatch.setattr(sonde.Scalars, "record", fail)
 
 
-def assert_same_training(
-    first: dict[str, npt.NDArray[Any]], second: dict[str, npt.NDArray[Any]]
-) -> None:
-    """Two trainings have ended in the same bits."""
-    assert first.keys() == second.keys()
-    assert [name for name in first if not np.array_equal(first[name], second[name])] == []
-
-
-def assert_same_log(path: Path, other_path: Path, measures: Sequence[str] = ()) -> None:
-    """Two runs hold the same records, by value."""
-    run, other = sonde.open_run(path), sonde.open_run(other_path)
-    assert run.measures == other.measures
-    assert set(measures) <= set(run.measures)
-    for measure in run.measures:
-        assert run.sources(measure) == other.sources(measure)
-        for source in run.sources(measure):
-            log, other_log = run[measure, source], other[measure, source]
-            assert (measure, log.steps) == (measure, other_log.steps)
-            assert log.streams == other_log.streams
-            for layer, field in log.streams:
-                for step in log.steps_of(field, layer):
-                    np.testing.assert_array_equal(
-                        log.array(field, step, layer),
-                        other_log.array(field, step, layer),
-                        f"{measure} of {source} at step {step}: {layer}.{field}",
-                    )
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """Collect what sonde warns of."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [str(w.message) for w in caught if w.category is SondeWarning]

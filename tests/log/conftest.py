@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import numpy.typing as npt
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.frames import Frame, scan_journal
-from sonde.log.layout import journals, segments, write_run_file, writer_folders
+from sonde.log.layout import write_run_file, writer_folders
 from sonde.log.reader import read_index
 from sonde.log.seal import seal_run
 
 from .doomed import record_of
+from .example_run import write_example_run
+from .files import journals_of, segments_of
 
 Array = npt.NDArray[Any]
 StreamKey = tuple[str | None, str]
@@ -31,6 +31,16 @@ Open = Callable[[Path], Run]
 def run_path(tmp_path: Path) -> Path:
     """Return an empty run directory."""
     return new_run(tmp_path / "seed0")
+
+
+@pytest.fixture
+def writer(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogWriter]:
+    """Write into `run_path`, without pauses between tries and without sealing."""
+    monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
+    writer = LogWriter(run_path, seal=False)
+    yield writer
+    monkeypatch.undo()
+    writer.close()
 
 
 @pytest.fixture
@@ -50,6 +60,21 @@ def opened(request: pytest.FixtureRequest) -> Open:
         return open_run(path)
 
     return open_run if request.param == "journal" else seal_and_open
+
+
+@pytest.fixture(params=["journal", "segments", "both"])
+def run(request: pytest.FixtureRequest, run_path: Path) -> Run:
+    """Open the example run from one journal, from segments, and from segments and a journal."""
+    write_example_run(run_path, segment_bytes=64 << 20 if request.param == "journal" else 1500)
+    if request.param == "segments":
+        seal_run(run_path)
+        assert len(segments_of(run_path)) > 1
+        assert journals_of(run_path) == []
+    if request.param == "both":
+        seal_run(run_path, before=int(journals_of(run_path)[-2].stem))
+        assert segments_of(run_path)
+        assert journals_of(run_path)
+    return open_run(run_path)
 
 
 def new_run(path: Path) -> Path:
@@ -76,50 +101,6 @@ def write_one(path: Path, arrays: Sequence[LogArray]) -> None:
     writer = LogWriter(path, seal=False)
     assert writer.append("activations", "probe", 0, arrays)
     writer.close()
-
-
-def journals_of(path: Path) -> list[Path]:
-    """Return every journal of a run."""
-    return [journal for _, _, folder in writer_folders(path) for _, journal in journals(folder)]
-
-
-def journal_of(path: Path) -> Path:
-    """Return the only journal of a run."""
-    (journal,) = journals_of(path)
-    return journal
-
-
-def segments_of(path: Path) -> list[Path]:
-    """Return every segment of a run."""
-    return [entry[2] for _, _, folder in writer_folders(path) for entry in segments(folder)]
-
-
-def segment_of(path: Path) -> Path:
-    """Return the only segment of a run."""
-    (segment,) = segments_of(path)
-    return segment
-
-
-def frames_of(journal: Path) -> list[Frame]:
-    """Return the valid frames of a journal."""
-    with journal.open("rb") as file:
-        return [item for item in scan_journal(file.fileno(), "j") if isinstance(item, Frame)]
-
-
-def frame_bounds(journal: Path) -> list[tuple[int, int]]:
-    """Return (start, end) of every frame of a whole journal, in bytes."""
-    starts = [40]
-    for frame in frames_of(journal):
-        end = max((e.offset + e.num_bytes for e in frame.arrays), default=0)
-        starts.append(frame.payload_offset + -(-end // 8) * 8)
-    assert starts[-1] == journal.stat().st_size
-    return list(pairwise(starts))
-
-
-def overwrite(path: Path, content: bytes, version: int) -> None:
-    """Replace what a file holds; `version` sets its time of change, so that no two are alike."""
-    path.write_bytes(content)
-    os.utime(path, ns=(version, version))
 
 
 def as_read(array: LogArray) -> Array:

@@ -28,7 +28,7 @@ import numpy as np
 
 from sonde.exceptions import SondeError
 from sonde.log import Damage, Run, open_run
-from sonde.log.frames import stream_name
+from sonde.log.names import stream_name
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 

@@ -68,6 +68,11 @@ def record_of(number: int) -> list[LogArray]:
     return arrays
 
 
+def append_record(writer: LogWriter, number: int) -> bool:
+    """Append `record_of` a number at the step of that number; tell whether it was taken."""
+    return writer.append("activations", "probe", number, record_of(number))
+
+
 def failing_write(write: PWritev) -> PWritev:
     """Return a write of which every fifth of the log fails, after half of it."""
     turns = itertools.cycle((False, False, False, False, True))
@@ -87,7 +92,7 @@ def append_until_killed(run: Path, sync: Any) -> None:
     write_run_file(run, {})
     writer = LogWriter(run, sync=sync, segment_bytes=12_000)
     for number in itertools.count():
-        assert writer.append("activations", "probe", number, record_of(number))
+        assert append_record(writer, number)
         writer.flush()
         os.write(1, b"%d\n" % number)
         time.sleep(0.002)  # A step of a training.
@@ -181,7 +186,7 @@ def write(run: Path, death: Death) -> None:
     writer = LogWriter(run, sync=death.sync, segment_bytes=SEGMENT_BYTES, seal=is_sealed)
     writer.add_table("probe", [LogArray("id", np.arange(5), ("example",))])
     for number in range(NUM_RECORDS):
-        assert writer.append("activations", "probe", number, record_of(number))
+        assert append_record(writer, number)
         writer.flush()
         os.write(announced, b"%d\n" % number)
         if number % 5 == 4:

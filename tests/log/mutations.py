@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonde.log.frames import FILE_HEADER_BYTES, describe, storage_dtype
+from sonde.log.frames import FILE_HEADER_BYTES, describe
+from sonde.log.payload import storage_dtype
 from sonde.log.segment import Segment, identify
 
-from .conftest import frame_bounds, frames_of, journals_of, segments_of
+from .files import frame_bounds, frames_of, journals_of, segments_of
 
 TRAILER_BYTES = 52
 _FRAME_FIELDS = [(8, "<I"), (12, "<I"), (16, "<Q"), (24, "<Q"), (32, "<Q"), (40, "<q"), (52, "<I")]

@@ -22,8 +22,9 @@ from sonde.log.seal import seal_journal, seal_run
 from sonde.log.segment import Segment, SegmentFile
 from sonde.log.verify import verify_run
 
-from .conftest import assert_intact, frame_bounds, journals_of, segments_of, write_records
+from .conftest import assert_intact, write_records
 from .doomed import record_of, time_limit
+from .files import frame_bounds, journals_of, segments_of
 from .watching import Announced
 
 READERS = ("refresh", "reopen", "open_segments")

@@ -25,18 +25,8 @@ from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
-from .conftest import (
-    assert_intact,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    journals_of,
-    new_run,
-    overwrite,
-    segments_of,
-    write_one,
-    write_records,
-)
+from .conftest import assert_intact, new_run, write_one, write_records
+from .files import frame_bounds, frames_of, journal_of, journals_of, overwrite, segments_of
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 KINDS = [(suffix, family) for suffix in (".journal", ".h5") for family in ("flips", "splices")]

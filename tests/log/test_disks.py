@@ -20,13 +20,9 @@ from sonde.log.layout import is_being_written
 from sonde.log.seal import seal_run
 from sonde.log.sealing import Sealing
 
-from .conftest import (
-    assert_intact,
-    journals_of,
-    new_run,
-    segments_of,
-)
+from .conftest import assert_intact, new_run
 from .doomed import record_of
+from .files import journals_of, segments_of
 from .launched import Ended, Launch, Training, launching
 
 OUTAGES = 3

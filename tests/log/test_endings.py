@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from sonde.log import LogWriter
 from sonde.log.layout import is_being_written
 
-from .conftest import assert_intact, journals_of
+from .conftest import assert_intact
 from .doomed import record_of
+from .files import journals_of
 from .launched import LIMIT_SECONDS, Launch, Training, launching
 
 NUM_STEPS = 5

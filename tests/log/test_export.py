@@ -29,8 +29,9 @@ from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
 from .alike import assert_alike, export_and_open
-from .conftest import Array, Open, new_run, overwrite, segment_of, write_records
+from .conftest import Array, Open, new_run, write_records
 from .doomed import record_of
+from .files import overwrite, segment_of
 from .shapes import SHAPES, write_shape
 from .test_reader import DTYPES, WEIRD_NAMES, every_bit_pattern, streams
 

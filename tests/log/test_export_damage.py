@@ -25,7 +25,8 @@ from sonde.log.export.compression import Compression
 from sonde.log.verify import verify_run
 
 from .alike import write_compressible
-from .conftest import Array, overwrite, write_records
+from .conftest import Array, write_records
+from .files import overwrite
 from .test_export import COMPRESSIONS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and limits processes")

@@ -22,8 +22,9 @@ from sonde.log.export import export_run
 from sonde.log.seal import seal_run
 
 from .alike import assert_alike, export_and_open
-from .conftest import Open, frame_bounds, write_records
+from .conftest import Open, write_records
 from .doomed import record_of
+from .files import frame_bounds
 from .test_ranks import write_rank
 
 

@@ -21,7 +21,8 @@ from sonde.log.layout import write_run_file
 from sonde.log.seal import seal_journal
 from sonde.log.verify import verify_run
 
-from .conftest import assert_holds, journals_of, read_records
+from .conftest import assert_holds, read_records
+from .files import journals_of
 
 GOLDEN = Path(__file__).parent / "golden"
 HDF5_VERSION = "2.0.0"  # Which wrote the segment; another one may lay it out in another way.

@@ -27,16 +27,10 @@ from sonde.log.appender import Sync
 from sonde.log.layout import writer_folder
 from sonde.log.seal import seal_run
 
-from .conftest import (
-    assert_intact,
-    frames_of,
-    journals_of,
-    new_run,
-    segments_of,
-    write_records,
-)
+from .conftest import assert_intact, new_run, write_records
 from .doomed import record_of, time_limit
 from .faults import Disk, Fault, each_fault
+from .files import frames_of, journals_of, segments_of
 
 SYNCS: tuple[Sync, ...] = get_args(Sync)
 NUM_RECORDS = 10

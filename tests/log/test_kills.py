@@ -26,9 +26,10 @@ from sonde.log.appender import Sync
 from sonde.log.layout import RUN_FILE, lock_path, unlock
 from sonde.log.seal import seal_run
 
-from .conftest import assert_intact, frames_of, journals_of, new_run, write_records
+from .conftest import assert_intact, new_run, write_records
 from .deaths import BYTES, CENSUS, Act, Death, each_death
 from .doomed import LIMIT_SECONDS, NUM_RECORDS, record_of, time_limit
+from .files import frames_of, journals_of
 
 SYNCS: tuple[Sync, ...] = get_args(Sync)
 ROOT = Path(__file__).parents[2]

@@ -17,22 +17,13 @@ import pytest
 import xarray
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.frames import stream_name
+from sonde.log.names import stream_name
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
 
-from .conftest import (
-    Open,
-    assert_holds,
-    assert_identical,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    journals_of,
-    read_records,
-    segments_of,
-)
+from .conftest import Open, assert_holds, assert_identical, read_records
 from .doomed import time_limit
+from .files import frame_bounds, frames_of, journal_of, journals_of, segments_of
 
 GIB = 1 << 30
 SURROGATE = "\ud800"
@@ -84,7 +75,7 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             return pwritev(fd, buffers[:2], offset)
         return pwritev(fd, [first[: size // 2 + 3]], offset)
 
-    for name in ("frames._CHUNK_BYTES", "segment._CHUNK_BYTES", "segment_writer._BATCH_BYTES"):
+    for name in ("scan._CHUNK_BYTES", "segment._CHUNK_BYTES", "segment_writer._BATCH_BYTES"):
         monkeypatch.setattr(f"sonde.log.{name}", size)
     monkeypatch.setattr("sonde.log.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)

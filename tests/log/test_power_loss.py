@@ -29,21 +29,10 @@ from sonde.log.layout import RUN_FILE, sync_folder
 from sonde.log.seal import seal_run
 from sonde.log.segment import Segment, identify
 
-from .conftest import (
-    assert_holds,
-    assert_identical,
-    assert_intact,
-    copies,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    journals_of,
-    segment_of,
-    segments_of,
-    write_records,
-)
+from .conftest import assert_holds, assert_identical, assert_intact, copies, write_records
 from .disk_model import Disk, Event, State, Tape, materialise
 from .doomed import time_limit
+from .files import frame_bounds, frames_of, journal_of, journals_of, segment_of, segments_of
 from .trainings import IDS, RESUMED, RUN, TRAININGS, Training, known_record, record
 
 _SEGMENT = re.compile(r"\d{12}-\d{12}\.h5")

@@ -28,17 +28,13 @@ from .conftest import (
     assert_holds,
     assert_identical,
     assert_intact,
-    journal_of,
-    journals_of,
     new_run,
-    overwrite,
     read_records,
-    segment_of,
-    segments_of,
     write_one,
     write_records,
 )
 from .doomed import record_of
+from .files import journal_of, journals_of, overwrite, segment_of, segments_of
 
 DTYPES = (
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16"

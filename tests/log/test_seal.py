@@ -23,18 +23,9 @@ from sonde.log.seal import main, seal_journal, seal_run
 from sonde.log.segment_writer import write_segment
 from sonde.log.verify import verify_run
 
-from .conftest import (
-    assert_intact,
-    frame_bounds,
-    frames_of,
-    journal_of,
-    journals_of,
-    read_records,
-    segment_of,
-    segments_of,
-    write_records,
-)
+from .conftest import assert_intact, read_records, write_records
 from .doomed import record_of
+from .files import frame_bounds, frames_of, journal_of, journals_of, segment_of, segments_of
 
 STEPS = [0, 10, 20, 30]
 NUM_EXAMPLES = 6

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from sonde.exceptions import MeasureNotFoundError
-from sonde.log.frames import link_name
+from sonde.log.names import link_name
 from sonde.log.ranks import ID, Key
 from sonde.log.reader import WriterLog
 from sonde.log.selection import match_layers, match_steps

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
-from sonde.log.frames import Damage
+from sonde.log.damage import Damage
 from sonde.log.parts import Part, Record, StreamKey, StreamShape
 from sonde.log.positioned import READ_ONLY
 from sonde.log.ranks import ID

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
-from sonde.log.frames import Damage, from_storage, slot_checksum, storage_dtype
+from sonde.log.damage import Damage
 from sonde.log.parts import StreamKey
+from sonde.log.payload import from_storage, slot_checksum, storage_dtype
 from sonde.log.segment import Place, SegmentFile, read_place
 
 from .compression import Compression, decompress

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import h5py
 
 from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
-from sonde.log.frames import Damage
+from sonde.log.damage import Damage
 from sonde.log.layout import sync_folder
 from sonde.log.segment import checksum_between
 

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError
-from sonde.log.frames import link_name, slot_checksum, storage_dtype, stream_name
 from sonde.log.hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
+from sonde.log.names import link_name, stream_name
+from sonde.log.payload import slot_checksum, storage_dtype
 from sonde.log.positioned import read_at
 
 from .compression import Compression, add_filter

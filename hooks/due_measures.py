@@ -1,0 +1,201 @@
+"""The measures of a recorder: taken when they are due, and switched off when they fail.
+
+Nothing here raises into the training, unless that is asked for: a measure that fails is warned of
+once, marked in the log and switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+from torch import nn
+
+from .live import LiveMeasures
+from .measures.base import Measure, Recording, Subject
+from .record_log import RecordLog
+from .schedule import Schedule
+from .training import TrainingStep
+
+
+class DueMeasures:
+    """Takes measures when they are due, and writes what they return.
+
+    Args:
+        measures: The measures.
+        when: The schedule of those that have none.
+        subject: What is measured.
+        log: Where records, notes and warnings go.
+        silent: Those that are taken together with other ranks, and written by another one.
+        on_error: `warn`, or `raise` what a measure raises.
+
+    Attributes:
+        measures: Those that have not failed.
+    """
+
+    def __init__(
+        self,
+        measures: Sequence[Measure],
+        when: Schedule,
+        subject: Subject,
+        log: RecordLog,
+        *,
+        silent: Collection[Measure],
+        on_error: Literal["warn", "raise"],
+    ) -> None:
+        self.measures = list(measures)
+        self._when = when
+        self._subject = subject
+        self._log = log
+        self._silent = silent
+        self._on_error = on_error
+        self._taken_at: dict[Measure, int] = {}
+        self._resumed_at: int | None = None
+        self._taken_before: set[Measure] = set()  # At the step of the checkpoint.
+        self._is_stopped = False
+        trainings = [m.training for m in self.measures if m.training is not None]
+        self._live = LiveMeasures(subject, trainings[0]) if trainings else None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a measure was taken."""
+        return bool(self._taken_at)
+
+    @property
+    def live_step(self) -> TrainingStep | None:
+        """The step of the training that is observed now, if it is."""
+        return None if self._live is None else self._live.step
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has come through since the observed step was begun."""
+        return self._live is not None and self._live.has_gradients
+
+    def take_due(self, step: int, epoch: int | None = None) -> None:
+        """Take what is due at a step, and at the end of an epoch if one is given."""
+        for measure in list(self.measures):
+            if (
+                measure.training is None
+                and self._is_due(measure, step, epoch)
+                and not (step == self._resumed_at and measure in self._taken_before)
+            ):
+                self._take(measure, step)
+
+    def take_all(self, step: int) -> None:
+        """Take every measure, whether it is due or not, but those of the training itself."""
+        for measure in list(self.measures):
+            if measure.training is None:
+                self._take(measure, step)
+
+    def begin_live(self, step: int, epoch: int | None = None) -> None:
+        """Observe the training between this step and the next, if that is due."""
+        if self._live is None or self._is_stopped:
+            return
+        due = [
+            measure
+            for measure in self.measures
+            if measure.training is not None and self._is_due(measure, step, epoch)
+        ]
+        for measure, error in self._live.begin(due).items():
+            self._fail(measure, error, step)
+
+    def finish_live(self, step: int) -> None:
+        """Record what was seen of the training since the last step."""
+        if self._live is None or self._live.step is None or self._is_stopped:
+            return
+        self._log.state_start()
+        for measure, seen in self._live.finish().items():
+            self._taken_at[measure] = step
+            try:
+                if isinstance(seen, Exception):
+                    raise seen
+                self._write(measure, seen, step)
+            except Exception as error:
+                self._fail(measure, error, step)
+        self._log.warn_of_trouble()
+
+    def go_on_from(self, step: int, epoch: int | None) -> None:
+        """Go on from the checkpoint of a step, at which all that was due is recorded already.
+
+        Args:
+            step: The step of the checkpoint.
+            epoch: The epoch that ended with it, if one did.
+        """
+        if self._live is not None:
+            self._live.stop()  # Of step 0, before it was known where this goes on.
+        self._resumed_at = step
+        self._taken_before = {m for m in self.measures if self._is_due(m, step, epoch)}
+        self.begin_live(step, epoch)
+
+    def stop(self) -> None:
+        """Let go of the model; nothing is taken from now on."""
+        self._is_stopped = True
+        if self._live is not None:
+            self._live.stop()
+
+    def warn_of_missed_start(self) -> None:
+        """Warn of what was due at step 0 and was not taken."""
+        missed = [
+            measure.name
+            for measure in self.measures
+            if measure.training is None
+            and self._is_due(measure, 0, None)
+            and measure not in self._taken_at
+        ]
+        if missed and not self._is_stopped:
+            reason = (
+                "step 0 was due, but the first call came after one step; call recorder.measure() "
+                "before the loop, or recorder.attach(optimizer)"
+            )
+            self._log.note("missed", 0, measures=missed, reason=reason)
+            self._log.warn(reason)
+
+    def warn_of_missed_epochs(self, step: int) -> None:
+        """Warn of what is due by epochs, where none was counted up to a step."""
+        names = [m.name for m in self.measures if (m.when or self._when).needs_epochs]
+        if names:
+            reason = (
+                "no epoch was ever counted; give steps_per_epoch, or call recorder.epoch() at the "
+                "end of each"
+            )
+            self._log.note("missed", step, measures=names, reason=reason)
+            self._log.warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")
+
+    def _is_due(self, measure: Measure, step: int, epoch: int | None) -> bool:
+        return (measure.when or self._when).is_due(step, epoch)
+
+    def _take(self, measure: Measure, step: int) -> None:
+        if self._is_stopped or self._taken_at.get(measure) == step:
+            return
+        self._log.state_start()
+        if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
+            # A probe would be the first to run the model, and decide its initial weights.
+            reason = "lazy layers have no parameters before the training's first forward pass"
+            self._log.note("missed", step, measures=[measure.name], reason=reason)
+            self._log.warn(f"{measure.name} was not taken at step {step}: {reason}")
+            return
+        self._taken_at[measure] = step
+        try:
+            with nullcontext() if self._live is None else self._live.paused():
+                recording = measure.record(self._subject)
+            self._write(measure, recording, step)
+        except Exception as error:  # Training is sacred: whatever fails here must not end it.
+            self._fail(measure, error, step)
+        self._log.warn_of_trouble()
+
+    def _write(self, measure: Measure, recording: Recording, step: int) -> None:
+        if measure not in self._silent:
+            self._log.write(measure, recording, step)
+
+    def _fail(self, measure: Measure, error: Exception, step: int) -> None:
+        """Switch a measure off; or raise what is wrong, to debug it."""
+        if self._on_error == "raise":
+            raise error
+        self.measures.remove(measure)
+        reason = f"{type(error).__name__}: {error}"
+        self._log.note("disabled", step, measure=measure.name, source=measure.source, reason=reason)
+        self._log.warn(
+            f"{measure.name} of '{measure.source}' failed at step {step} and is switched "
+            f"off; the training goes on ({reason})"
+        )
