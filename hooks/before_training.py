@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from .sources import check_names, name_probes
 
 
 def check_arguments(
-    measures: Sequence[Measure], on_error: str, steps_per_epoch: int | None
-) -> None:
-    """Refuse arguments that are none.
+    measures: Iterable[Measure], on_error: str, steps_per_epoch: int | None
+) -> list[Measure]:
+    """Return the measures, and refuse arguments that are none.
 
     Raises:
         InvalidInputError: If one is not what it should be.
     """
-    if isinstance(measures, Measure) or not all(isinstance(m, Measure) for m in measures):
+    found = list(measures) if isinstance(measures, Iterable) else [measures]
+    if not isinstance(measures, Iterable) or not all(isinstance(m, Measure) for m in found):
         raise InvalidInputError(
             f"`measures` must be a list of measures, such as [sonde.Activations(probe)]; "
             f"got {measures!r}"
@@ -39,6 +40,7 @@ def check_arguments(
         raise InvalidInputError(f"`on_error` (={on_error!r}) must be 'warn' or 'raise'")
     if steps_per_epoch is not None and steps_per_epoch < 1:
         raise InvalidInputError(f"`steps_per_epoch` (={steps_per_epoch}) must be >= 1")
+    return found
 
 
 def check_size(estimated: Estimate, max_step_bytes: int) -> None:

@@ -103,8 +103,7 @@ class Recorder:
         self._ends: list[Callable[[], None]] = []
         self._is_closed = False
         self._has_started = False
-        measures = list(measures)
-        check_arguments(measures, on_error, steps_per_epoch)
+        measures = check_arguments(measures, on_error, steps_per_epoch)
         rank, num_ranks = process_rank(os.environ)
         prepare(measures, self._subject.model, num_ranks)
         check_size(

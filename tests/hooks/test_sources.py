@@ -26,6 +26,7 @@ from sonde.exceptions import InvalidInputError
             "two different sources are called 'a'",
         ),
         (lambda p: ["activations"], "must be a list of measures"),
+        (lambda p: sonde.Activations(p), "must be a list of measures"),
     ],
 )
 def test_measures_that_cannot_be_told_apart_are_refused(
