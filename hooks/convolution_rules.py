@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .factors import Dense, Factor, Outer
+from .factors import Dense, Factor
 from .layouts import Deltas, Layout, Weight
+from .outer_products import Outer
 
 Size: TypeAlias = int | Sequence[int] | str
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 
-from .factors import Factor, joined
+from .factor_sums import joined
+from .factors import Factor
 from .gradient_batches import BatchGradients, batch_gradients
 from .gradient_checks import differing
 from .gradient_fallback import fallback_gradients

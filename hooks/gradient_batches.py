@@ -18,7 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sonde.exceptions import InvalidInputError
 
-from .factors import Dense, Factor, summed
+from .factor_sums import summed
+from .factors import Dense, Factor
 from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
 from .losses import Loss, example_losses

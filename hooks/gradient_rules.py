@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution_rules import conv, conv_transpose, over_channels
-from .factors import Dense, Factor, Outer, Rows
+from .factors import Dense, Factor
 from .layouts import (
     Deltas,
     Layout,
@@ -39,6 +39,7 @@ from .normalization_rules import (
     rms_norm,
     times,
 )
+from .outer_products import Outer
 from .recurrent_rules import (
     gru,
     gru_cell,
@@ -49,6 +50,7 @@ from .recurrent_rules import (
     rnn_relu,
     rnn_tanh,
 )
+from .sparse_rows import Rows
 
 
 @dataclass(frozen=True)

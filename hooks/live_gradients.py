@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sonde.log import LogArray
 
-from .factors import Factor, joined, summed
+from .factor_sums import joined, summed
+from .factors import Factor
 from .gradient_batches import add_operation, root_of
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .factors import Dense, Factor, Outer
+from .factors import Dense, Factor
 from .layouts import Layout, UnsupportedError, Weight, remembered, widened
+from .outer_products import Outer
 
 Cell: TypeAlias = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
 """(gates of the inputs, gates of the hidden state, states) to the next states; the first is h."""
