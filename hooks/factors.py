@@ -19,10 +19,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .self_products import self_product
+
 # What a block of formed gradients, or of products between positions, may take.
 _BLOCK_BYTES = 16 << 20
-# Of so few rows, half of their products are not faster than all: measured.
-_FEW = 64
 # Of how many values a norm is taken in the type of the gradients.
 _PIECE = 1024
 
@@ -153,15 +153,6 @@ def row_squares(values: Tensor) -> Tensor:
     pieces, rest = values[:, :split].unflatten(1, (-1, _PIECE)), values[:, split:]
     norms = torch.cat([_norm(pieces), _norm(rest)[:, None]], 1)
     return norms.double().square().sum(1).cpu()
-
-
-def self_product(values: Tensor) -> Tensor:
-    """Return the inner products of rows, [n, n]."""
-    if values.device.type != "cpu" or len(values) <= _FEW:
-        return values @ values.T
-    # NumPy sees that the result is symmetric, and computes half of it.
-    array = values.detach().numpy()
-    return torch.from_numpy(array @ array.T)
 
 
 def _norm(values: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
+from .accumulators import Part
 from .live_examples import describe_examples
 from .measures.base import Observation, Recording
-from .stores import Part, Store
+from .stores import Store
 from .taps import is_recomputing, tapped, tensor_leaves
 from .training import MicroBatch, Pass, TrainingStep
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from sonde.log import LogArray
 
+from .accumulators import Accumulator, Room
 from .host_copies import wait_for_copies
+from .log_arrays import to_log_array
 from .sharding import Shards, collect, each_rank_features
-from .stores import Accumulator, Gram, Room, Store, to_log_array
+from .stores import Gram, Store
 
 
 class OwnPart:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,61 +22,21 @@ from torch import Tensor
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
-from .host_copies import empty_on_host, on_host, start_copy, wait_for_copies
+from .accumulators import (
+    Accumulator,
+    GramAccumulator,
+    Part,
+    PartAccumulator,
+    Room,
+    RowsAccumulator,
+    as_matrix,
+)
+from .host_copies import empty_on_host, start_copy, wait_for_copies
+from .log_arrays import to_log_array
+from .self_products import self_product
 
-# Of a copy in a room, in bytes: a line of the cache.
-_ALIGNMENT = 64
 _DENSE_DIM = 256
 _DENSE_FEATURES = 4096
-
-
-class Room:
-    """One block of memory for the features that a pass holds, used again by the next pass.
-
-    Copies of many sizes, made and freed in turn, would leave gaps that nothing fits into.
-
-    Args:
-        num_bytes: Its size; what does not fit gets memory of its own.
-        device: Where it is.
-    """
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._next = 0
-
-    def clear(self) -> None:
-        """Give all of it to the copies of another pass; the earlier ones are overwritten."""
-        self._next = 0
-
-    def copy(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a copy of a tensor, in another type."""
-        start = -(-self._next // _ALIGNMENT) * _ALIGNMENT
-        end = start + values.numel() * dtype.itemsize
-        if end > len(self._bytes):
-            return values.to(dtype, copy=True)
-        self._next = end
-        return self._bytes[start:end].view(dtype).view(values.shape).copy_(values)
-
-
-class Accumulator(ABC):
-    """Takes the features of one layer, batch by batch, in the order of the examples."""
-
-    def start(self, first: int) -> None:  # noqa: B027 - most hold nothing between batches
-        """Begin another pass, whose next batch starts at this example."""
-
-    @abstractmethod
-    def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        """Take the features of the next examples, [batch, …].
-
-        Args:
-            features: The features.
-            is_held: Hold what later batches of this pass need of them. Where a pass holds only some
-                batches, another one has to hold the others.
-        """
-
-    @abstractmethod
-    def result(self, layer: str) -> LogArray:
-        """Return what is recorded of the layer."""
 
 
 class Store(ABC):
@@ -127,24 +87,6 @@ class Store(ABC):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a store keeps of some examples of a layer.
-
-    Attributes:
-        values: What it records of them.
-        features: Their features, where other parts need them; [batch, features].
-    """
-
-    values: Tensor
-    features: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory its features take."""
-        return 0 if self.features is None else self.features.nbytes
-
-
-@dataclass(frozen=True)
 class Gram(Store):
     """Keep the examples × examples matrix of inner products, exact.
 
@@ -178,8 +120,8 @@ class Gram(Store):
     def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator; with one batch it holds no features at all."""
         if self.block is not None:
-            return _PartAccumulator(self)
-        return _GramAccumulator(self, num_examples, none, room)
+            return PartAccumulator(partial(self.part, is_held=False), self.join)
+        return GramAccumulator(self.dtype_for(none.dtype), num_examples, none.device, room)
 
     def held_bytes(self, num_features: int, dtype: torch.dtype) -> int:
         """Return how many bytes of an example are held while later batches come."""
@@ -207,17 +149,17 @@ class Gram(Store):
 
     def held(self, features: Tensor) -> Tensor:
         """Return a copy of features as they are multiplied, [batch, features]."""
-        batch = _as_matrix(features)
+        batch = as_matrix(features)
         return batch.to(self.dtype_for(batch.dtype), copy=True)
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return the matrix of some examples, and a copy of their features where that is held."""
-        batch = _as_matrix(features)
+        batch = as_matrix(features)
         batch = batch.to(self.dtype_for(batch.dtype), copy=is_held)
         if self.block is not None:
             blocks = batch.split(self.block)
-            return Part(torch.cat([_self_product(rows).flatten() for rows in blocks]))
-        return Part(_self_product(batch), batch if is_held else None)
+            return Part(torch.cat([self_product(rows).flatten() for rows in blocks]))
+        return Part(self_product(batch), batch if is_held else None)
 
     def join(self, parts: Sequence[Part], layer: str) -> LogArray:
         """Return the matrix of all examples.
@@ -283,7 +225,8 @@ class Sketch(Store):
         def sketches(features: Tensor) -> Tensor:
             return self.part(features, is_held=False).values
 
-        return _RowsAccumulator(self, sketches, sketches(none).new_empty(num_examples, self.dim))
+        rows = sketches(none).new_empty(num_examples, self.dim)
+        return RowsAccumulator(sketches, rows, self.join)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer, whatever the shape of its features."""
@@ -291,7 +234,7 @@ class Sketch(Store):
 
     def part(self, features: Tensor, *, is_held: bool) -> Part:
         """Return the sketches of some examples."""
-        batch = _as_matrix(features)
+        batch = as_matrix(features)
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
         bucket, sign = _projection(batch.shape[1], self.dim, self.seed)
         bucket, sign = bucket.to(batch.device), sign.to(batch.device, dtype)
@@ -351,9 +294,8 @@ class Full(Store):
         """Return an accumulator that holds the features of the examples so far, on the host."""
         rows = self.rows(none)
         shape = (num_examples, rows.shape[1])
-        return _RowsAccumulator(
-            self, self.rows, empty_on_host(shape, self.dtype or rows.dtype, none.device)
-        )
+        kept = empty_on_host(shape, self.dtype or rows.dtype, none.device)
+        return RowsAccumulator(self.rows, kept, self.join)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer."""
@@ -374,7 +316,7 @@ class Full(Store):
         if self.pool is not None and kept.ndim > 2:
             positions = kept.flatten(2)
             kept = positions.mean(2) if self.pool == "mean" else positions.amax(2)
-        kept = _as_matrix(kept)
+        kept = as_matrix(kept)
         if self.units is not None and self.units < kept.shape[1]:
             kept = kept[:, _drawn(kept.shape[1], self.units, self.seed).to(kept.device)]
         return kept
@@ -398,105 +340,6 @@ class Full(Store):
             "units": self.units,
             "seed": self.seed,
         }
-
-
-def to_log_array(
-    values: Tensor, field: str, dims: tuple[str, ...], layer: str | None = None
-) -> LogArray:
-    """Bring a tensor that nobody changes any more to the CPU, as an array of the log.
-
-    bfloat16 keeps its bits. From an accelerator the values are there after `wait_for_copies`.
-    """
-    values = on_host(values.detach())
-    if values.dtype == torch.bfloat16:
-        bits = values.contiguous().view(torch.int16).numpy().view(np.uint16)
-        return LogArray(field, bits, dims, layer, dtype="bfloat16", is_owned=True)
-    return LogArray(field, values.numpy(), dims, layer, is_owned=True)
-
-
-class _GramAccumulator(Accumulator):
-    def __init__(self, store: Gram, num_examples: int, none: Tensor, room: Room | None) -> None:
-        self._store = store
-        self._num_examples = num_examples
-        self._room = room or Room(0, none.device)
-        size = (num_examples, num_examples)
-        self._gram = torch.zeros(size, dtype=store.dtype_for(none.dtype), device=none.device)
-        self._held: list[tuple[slice, Tensor]] = []
-        self._next = 0
-
-    def start(self, first: int) -> None:
-        self._held = []
-        self._next = first
-
-    def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        batch = _as_matrix(features)
-        rows = slice(self._next, self._next + len(batch))
-        self._next = rows.stop
-        # Later batches need these features again, and the model may overwrite them.
-        is_needed = is_held and rows.stop < self._num_examples
-        dtype = self._store.dtype_for(batch.dtype)
-        batch = self._room.copy(batch, dtype) if is_needed else batch.to(dtype)
-        for columns, other in self._held:
-            torch.mm(batch, other.T, out=self._gram[rows, columns])
-            self._gram[columns, rows] = self._gram[rows, columns].T
-        if is_held:
-            self._gram[rows, rows] = _self_product(batch)
-        if is_needed:
-            self._held.append((rows, batch))
-        if rows.stop == self._num_examples:
-            self._held = []
-
-    def result(self, layer: str) -> LogArray:
-        return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
-
-
-class _PartAccumulator(Accumulator):
-    """Takes parts that only have to be put one behind the other."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._parts: list[Part] = []
-
-    def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        self._parts.append(self._store.part(features, is_held=False))
-
-    def result(self, layer: str) -> LogArray:
-        return self._store.join(self._parts, layer)
-
-
-class _RowsAccumulator(Accumulator):
-    """Takes rows of examples into one tensor, which is there before the model runs.
-
-    Many small ones, made in between, would keep the memory of large ones from being given back.
-    """
-
-    def __init__(self, store: Store, reduce: Callable[[Tensor], Tensor], rows: Tensor) -> None:
-        self._store = store
-        self._reduce = reduce
-        self._rows = rows
-        self._next = 0
-
-    def add(self, features: Tensor, *, is_held: bool = True) -> None:
-        values = self._reduce(features)
-        start_copy(self._rows[self._next : self._next + len(values)], values)
-        self._next += len(values)
-
-    def result(self, layer: str) -> LogArray:
-        return self._store.join([Part(self._rows)], layer)
-
-
-def _as_matrix(features: Tensor) -> Tensor:
-    values = features.detach()
-    return values.flatten(1) if values.ndim > 1 else values[:, None]
-
-
-def _self_product(batch: Tensor) -> Tensor:
-    """Return the matrix of inner products of rows."""
-    if batch.device.type != "cpu":
-        return batch @ batch.T
-    # NumPy sees that the result is symmetric, and computes half of it.
-    values = batch.numpy()
-    return torch.from_numpy(values @ values.T)
 
 
 def _one_behind_the_other(parts: Sequence[Part]) -> Tensor:

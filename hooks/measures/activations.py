@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.accumulators import Accumulator, Room
 from sonde.hooks.batch_axes import batch_axis
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
@@ -19,7 +20,7 @@ from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
 from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
-from sonde.hooks.stores import Accumulator, Gram, Room, Store
+from sonde.hooks.stores import Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import TrainingStep
 from sonde.log import LogArray

@@ -12,12 +12,13 @@ from sonde.exceptions import InvalidInputError
 from sonde.hooks.examplegrads import check_store, example_gradients
 from sonde.hooks.kept_gradients import KeptGradients
 from sonde.hooks.live_gradients import LiveGradients
+from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.losses import Loss
 from sonde.hooks.owned_parameters import OwnedParameter, owned_parameters
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Full, Sketch, Store, to_log_array
+from sonde.hooks.stores import Full, Sketch, Store
 from sonde.hooks.training import Training, TrainingStep
 from sonde.log import LogArray
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.host_copies import on_host, wait_for_copies
+from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.probes import call, device_of, undisturbed
 from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
-from sonde.hooks.stores import to_log_array
 from sonde.hooks.taps import tensor_leaves
 
 from .base import ProbeMeasure, Recording, Subject
