@@ -3,10 +3,11 @@
 from .attach import attach
 from .config import Config
 from .config_file import load_config
-from .examplegrads import (
+from .gradients.examplegrads import (
     ExampleGradientResult,
     example_gradients,
 )
+from .gradients.module_rules import gradient_rule
 from .layer_list import Layer, Layers, layers
 from .measures import (
     Activations,
@@ -19,7 +20,6 @@ from .measures import (
     Scalars,
     Subject,
 )
-from .module_rules import gradient_rule
 from .probes import Probe
 from .recorder import Recorder
 from .schedule import Schedule, at, epochs, every, log_spaced

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.examplegrads import check_store, example_gradients
-from sonde.hooks.kept_gradients import KeptGradients
-from sonde.hooks.live_gradients import LiveGradients
+from sonde.hooks.gradients.examplegrads import check_store, example_gradients
+from sonde.hooks.gradients.kept_gradients import KeptGradients
+from sonde.hooks.gradients.live import LiveGradients
+from sonde.hooks.gradients.owned_parameters import OwnedParameter, owned_parameters
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.losses import Loss
-from sonde.hooks.owned_parameters import OwnedParameter, owned_parameters
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.select import Selector, select_layers

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import sonde
-from sonde.hooks.examplegrads import ExampleGradientResult, example_gradients
+from sonde.hooks.gradients.examplegrads import ExampleGradientResult, example_gradients
 from sonde.log import Run
 
 from .conftest import RunRanks

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, example_gradients
-from sonde.hooks import factors as factors_module
+from sonde.hooks.gradients import factors as factors_module
+from sonde.hooks.gradients.outer_products import Outer
 from sonde.hooks.losses import Loss
-from sonde.hooks.outer_products import Outer
 
 from .conftest import loop_gram
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sonde
-from sonde.hooks import factors as factors_module
+from sonde.hooks.gradients import factors as factors_module
 from sonde.hooks.stores import Store
 
 from .gradient_loop import (

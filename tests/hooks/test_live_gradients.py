@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sonde
-from sonde.hooks.gradient_rules import RULES, Rule
+from sonde.hooks.gradients.rules import RULES, Rule
 
 from .conftest import ConvNet
 from .models import GPT

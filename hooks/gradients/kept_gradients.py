@@ -7,9 +7,10 @@ import zlib
 import torch
 from torch import Tensor
 
+from sonde.hooks.stores import Full, Sketch
+
 from .factors import Dense, Factor, row_squares
 from .owned_parameters import OwnedParameter
-from .stores import Full, Sketch
 
 
 def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tensor, Tensor]:

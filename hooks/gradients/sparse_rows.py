@@ -11,9 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sonde.hooks.self_products import self_product
+
 from .factors import Factor, block_size, pairs
 from .outer_products import Outer
-from .self_products import self_product
 
 
 @dataclass

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from .select import layers_of
+from sonde.hooks.select import layers_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.losses import Loss
+from sonde.hooks.probes import Inputs, call
+
+from .batches import loss_of_model
 from .factors import Dense, Factor
-from .gradient_batches import loss_of_model
 from .layouts import UnsupportedError, reason_of, widened
-from .losses import Loss
-from .probes import Inputs, call
 
 # What the gradients of the examples that are evaluated at once may take.
 _CHUNK_BYTES = 256 << 20

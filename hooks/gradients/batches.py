@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.losses import Loss, example_losses
+from sonde.hooks.probes import Inputs, call
+from sonde.hooks.taps import tensor_leaves
 
 from .factor_sums import summed
 from .factors import Dense, Factor
 from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
-from .losses import Loss, example_losses
 from .parameter_uses import Operation, ParameterUses, Use
-from .probes import Inputs, call
-from .taps import tensor_leaves
 
 # Gradients with respect to what is computed from parameters are taken on in blocks of this size.
 _CHAIN_BYTES = 64 << 20

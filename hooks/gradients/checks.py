@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .gradient_batches import BatchGradients, loss_of_model
+from sonde.hooks.losses import Loss
+from sonde.hooks.probes import Probe, call, device_of
+
+from .batches import BatchGradients, loss_of_model
 from .held_parameters import HeldParameters
 from .layouts import reason_of
-from .losses import Loss
 from .owned_parameters import OwnedParameter
-from .probes import Probe, call, device_of
 
 # How many examples are run alone, and how far off gradients may be, relative to their norms:
 # rounding differs between a batch and an example alone.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .sharding import sharding_modules
+from sonde.hooks.sharding import sharding_modules
 
 
 class HeldParameters:

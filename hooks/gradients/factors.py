@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .self_products import self_product
+from sonde.hooks.self_products import self_product
 
 # What a block of formed gradients, or of products between positions, may take.
 _BLOCK_BYTES = 16 << 20

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from sonde.hooks.taps import add_hook
+
 from .factors import Factor
-from .gradient_rules import RULES
 from .held_parameters import HeldParameters
 from .layouts import Deltas, Layout, Place, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
 from .replayed_rule import replayed
-from .taps import add_hook
+from .rules import RULES
 
 # Attention asks first whether anyone overrides it, and would be handed over as a whole. The same
 # code, told that nobody does, shows its projections.

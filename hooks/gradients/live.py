@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.live_examples import describe_examples
+from sonde.hooks.measures.base import Observation, Recording
+from sonde.hooks.select import layers_of
+from sonde.hooks.stores import Full, Gram, Sketch
+from sonde.hooks.taps import add_hook, is_recomputing
+from sonde.hooks.training import MicroBatch, TrainingStep
 from sonde.log import LogArray
 
+from .batches import add_operation, root_of
 from .factor_sums import joined, summed
 from .factors import Factor
-from .gradient_batches import add_operation, root_of
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
-from .live_examples import describe_examples
-from .measures.base import Observation, Recording
 from .owned_parameters import OwnedParameter
 from .parameter_uses import Operation, ParameterUses
-from .select import layers_of
-from .stores import Full, Gram, Sketch
-from .taps import add_hook, is_recomputing
-from .training import MicroBatch, TrainingStep
 
 # How far the sum of per-example gradients may be off the gradient itself, relative to its norm, by
 # the type of what came back; and relative to the norm of all, where one is zero but for rounding.

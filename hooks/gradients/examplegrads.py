@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.losses import Loss
+from sonde.hooks.probes import PassingProbe, Probe, device_of, undisturbed
+from sonde.hooks.select import Selector, select_layers
+from sonde.hooks.sharding import gradients_unsynced, let_go_of_gathered
+from sonde.hooks.stores import Full, Gram, Sketch, Store
+from sonde.hooks.taps import tensor_leaves
 
+from .batches import BatchGradients, batch_gradients
+from .checks import differing
 from .factor_sums import joined
 from .factors import Factor
-from .gradient_batches import BatchGradients, batch_gradients
-from .gradient_checks import differing
-from .gradient_fallback import fallback_gradients
+from .fallback import fallback_gradients
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
-from .losses import Loss
 from .owned_parameters import OwnedParameter, owned_parameters
-from .probes import PassingProbe, Probe, device_of, undisturbed
-from .select import Selector, select_layers
-from .sharding import gradients_unsynced, let_go_of_gathered
-from .stores import Full, Gram, Sketch, Store
-from .taps import tensor_leaves
 
 EXACT = "exact"
 

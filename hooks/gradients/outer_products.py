@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sonde.hooks.self_products import self_product
+
 from .factors import Dense, Factor, block_size, pairs
-from .self_products import self_product
 
 # Of a product of small matrices, one for each example, to one of large matrices: measured.
 _BATCHED_COST = 2.0

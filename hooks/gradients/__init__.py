@@ -1,0 +1,1 @@
+"""Per-example gradients: of examples that are run, and of the training itself."""
