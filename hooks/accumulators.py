@@ -25,21 +25,27 @@ _ALIGNMENT = 64
 
 
 class Room:
-    """One block of memory for the features that a pass holds, used again by the next pass.
+    """One block of memory for the features that a pass holds.
 
     Copies of many sizes, made and freed in turn, would leave gaps that nothing fits into.
 
     Args:
-        num_bytes: Its size; what does not fit gets memory of its own.
         device: Where it is.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._next = 0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear(0)
 
-    def clear(self) -> None:
-        """Give all of it to the copies of another pass; the earlier ones are overwritten."""
+    def clear(self, num_bytes: int) -> None:
+        """Make room for the copies of another pass; those of the last one are gone.
+
+        Args:
+            num_bytes: How much; what does not fit gets memory of its own.
+        """
+        # The old block goes before the new one comes.
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._next = 0
 
     def copy(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,7 +116,7 @@ class GramAccumulator(Accumulator):
     ) -> None:
         self._dtype = dtype
         self._num_examples = num_examples
-        self._room = room or Room(0, device)
+        self._room = room or Room(device)
         self._gram = torch.zeros(num_examples, num_examples, dtype=dtype, device=device)
         self._held: list[tuple[slice, Tensor]] = []
         self._next = 0

@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+# The share of the memory that a pass may hold in any case, as one part in so many.
+_LEAST_SHARE = 4
+
 Pass: TypeAlias = dict[str, range]
 """The numbers of the batches that are held, by layer."""
 
 
 def plan_passes(
-    held_bytes: Mapping[str, int], batch_sizes: Sequence[int], memory: int
+    held_bytes: Mapping[str, int],
+    batch_sizes: Sequence[int],
+    memory: int,
+    kept_bytes: Mapping[str, int] | None = None,
 ) -> list[Pass]:
     """Divide layers and batches into as few passes as a simple rule finds.
 
@@ -25,23 +31,28 @@ def plan_passes(
     Args:
         held_bytes: What is held of one example of each layer, in bytes.
         batch_sizes: The number of examples of each batch.
-        memory: How many bytes a pass may hold. A single batch of a layer is held whatever it takes.
+        memory: How many bytes may be taken. A pass may hold a quarter of it however much is kept,
+            and a single batch of a layer whatever it takes.
+        kept_bytes: What is kept of each layer, in bytes, from the first pass that holds some of it.
 
     Returns:
         The passes, at least one.
     """
     passes: list[Pass] = [{}]
-    free = memory
+    num_held = 0
+    num_kept = 0
     for layer, num_bytes in held_bytes.items():
         start = 0
-        for batch, size in enumerate(batch_sizes):
-            needed = num_bytes * size if batch < len(batch_sizes) - 1 else 0
-            if needed > max(free, 0) and free < memory:
+        num_kept += (kept_bytes or {}).get(layer, 0)
+        free = max(memory - num_kept, memory // _LEAST_SHARE)
+        for batch, size in enumerate(batch_sizes[:-1]):
+            needed = num_bytes * size
+            if num_held and num_held + needed > free:
                 if batch > start:
                     passes[-1][layer] = range(start, batch)
                 passes.append({})
-                start, free = batch, memory
-            free -= needed
+                start, num_held = batch, 0
+            num_held += needed
         passes[-1][layer] = range(start, len(batch_sizes))
     return passes
 

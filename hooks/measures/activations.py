@@ -28,10 +28,8 @@ from sonde.log import LogArray
 from .base import Recording, Subject
 from .layer_measure import LayerMeasure
 
-# The share of the memory that features have at least, and the one that is left for what is made of
-# them on the way, as one part in so many.
-_LEAST_SHARE = 4
-_SPARE_SHARE = 16
+# The share of the memory that is left for what is made on the way, as one part in so many.
+_SPARE_SHARE = 8
 
 
 class Activations(LayerMeasure):
@@ -53,9 +51,10 @@ class Activations(LayerMeasure):
         memory: How many bytes `Gram` may hold: its matrices and, with more examples than the
             probe's `batch_size`, features of earlier batches. Features that do not fit beside the
             matrices are held in another pass over the probe; they have a quarter of it at least.
-            Of the training, which cannot be repeated, layers whose features do not fit lack steps
-            of several micro-batches. Of a sharded probe a rank holds the features of all its
-            examples of a layer, and beside them those of another rank.
+            An eighth is left for what is made on the way. Of the training, which cannot be
+            repeated, layers whose features do not fit lack steps of several micro-batches. Of a
+            sharded probe a rank holds the features of all its examples of a layer, and beside them
+            those of another rank.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
@@ -82,7 +81,7 @@ class Activations(LayerMeasure):
             selected = select_layers(model, self.layers)
             with undisturbed(model), torch.no_grad():
                 self._small[model] = self._run_small(model, self.probe, selected)
-        return self._small[model].kept_bytes(self.store, self.probe.num_examples)
+        return sum(self._small[model].kept_bytes(self.store, self.probe.num_examples).values())
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep what the store keeps of each layer."""
@@ -101,12 +100,11 @@ class Activations(LayerMeasure):
             starts = range(0, probe.num_examples, batch_size)
             sizes = [min(batch_size, probe.num_examples - start) for start in starts]
             held_bytes = small.held_bytes(self.store)
-            passes = plan_passes(held_bytes, sizes, self._free_bytes(small, probe))
-            room = Room(max(pass_bytes(held, held_bytes, sizes) for held in passes), small.device)
-            outputs = _Outputs(self.store, probe.num_examples, small, room)
-            for held in passes:
+            kept_bytes = small.kept_bytes(self.store, probe.num_examples)
+            outputs = _Outputs(self.store, probe.num_examples, small)
+            for held in plan_passes(held_bytes, sizes, self._usable_bytes, kept_bytes):
                 first = min((batches.start for batches in held.values()), default=0)
-                outputs.start_pass(held, starts[first])
+                outputs.start_pass(held, starts[first], pass_bytes(held, held_bytes, sizes))
                 for batch in range(first, len(starts)):
                     outputs.start_batch(batch, sizes[batch])
                     rows = slice(starts[batch], starts[batch] + sizes[batch])
@@ -118,11 +116,10 @@ class Activations(LayerMeasure):
             recording.attributes["block_sizes"] = block_sizes
         return recording
 
-    def _free_bytes(self, small: _SmallRun, probe: Probe) -> int:
-        """Return how many bytes features may take beside the matrices."""
-        kept_bytes = small.kept_bytes(self.store, probe.num_examples)
-        free_bytes = self.memory - kept_bytes - self.memory // _SPARE_SHARE
-        return max(free_bytes, self.memory // _LEAST_SHARE)
+    @property
+    def _usable_bytes(self) -> int:
+        """How many bytes matrices and features may take."""
+        return self.memory - self.memory // _SPARE_SHARE
 
     def _shards(self, probe: Probe) -> Shards | None:
         return probe.shards(self.store.block if isinstance(self.store, Gram) else None)
@@ -136,11 +133,12 @@ class Activations(LayerMeasure):
             self._small[model] = agreed(lambda: self._run_small(model, probe, selected))
         small = self._small[model]
         own = OwnPart(self.store, shards)
-        outputs = _Outputs(own, shards.num_examples, small, Room(0, small.device))
-        free_bytes = self._free_bytes(small, probe)
+        outputs = _Outputs(own, shards.num_examples, small)
+        held_bytes = small.held_bytes(self.store)
+        kept_bytes = small.kept_bytes(self.store, probe.num_examples)
         arrays = []
         # A layer is held whole, as if another batch without examples came.
-        for held in plan_passes(small.held_bytes(self.store), [shards.largest, 0], free_bytes):
+        for held in plan_passes(held_bytes, [shards.largest, 0], self._usable_bytes, kept_bytes):
             outputs.start_pass(dict.fromkeys(held, range(1)), 0)
             agreed(lambda: self._run_part(model, probe, selected, shards, outputs))
             outputs.add_missing(tell_all(outputs.missing))
@@ -202,12 +200,12 @@ class _SmallRun:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
-    def kept_bytes(self, store: Store, num_examples: int) -> int:
-        """Return what the store keeps of all outputs of so many examples, in bytes."""
-        return sum(
-            store.kept_bytes(num_examples, none.shape[1:], none.dtype)
-            for none in self.none().values()
-        )
+    def kept_bytes(self, store: Store, num_examples: int) -> dict[str, int]:
+        """Return what the store keeps of each output of so many examples, in bytes."""
+        return {
+            name: store.kept_bytes(num_examples, none.shape[1:], none.dtype)
+            for name, none in self.none().items()
+        }
 
     def none(self) -> dict[str, Tensor]:
         """Return each output that has an axis of examples, for no example at all."""
@@ -231,29 +229,37 @@ class _SmallRun:
 class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(
-        self, store: Store | OwnPart, num_examples: int, small: _SmallRun, room: Room
-    ) -> None:
-        self._room = room
+    def __init__(self, store: Store | OwnPart, num_examples: int, small: _SmallRun) -> None:
+        self._store = store
+        self._room = Room(small.device)
         self._num_examples = num_examples
         self._small = small
         self._axes: dict[str, int | None] = {}
         self._held: Pass = {}
-        none = small.none()
-        self._accumulators = {
-            name: store.accumulator(num_examples, features, room) for name, features in none.items()
-        }
+        self._none = small.none()
+        self._accumulators: dict[str, Accumulator] = {}
         self._counts: Counter[str] = Counter()
-        self._shapes = {name: list(features.shape[1:]) for name, features in none.items()}
+        self._shapes = {name: list(features.shape[1:]) for name, features in self._none.items()}
         self.missing: dict[str, str] = {}
         self._called: set[nn.Module] = set()
 
-    def start_pass(self, held: Pass, first: int) -> None:
-        """Start a pass that holds these batches of these outputs, and begins at an example."""
+    def start_pass(self, held: Pass, first: int, num_bytes: int = 0) -> None:
+        """Start a pass over the probe.
+
+        Args:
+            held: The batches of outputs that it holds.
+            first: The example it begins at.
+            num_bytes: How many bytes it holds.
+        """
         self._held = held
-        self._room.clear()
+        for name in held:
+            if name in self._none and name not in self._accumulators and name not in self.missing:
+                features = self._none[name]
+                accumulator = self._store.accumulator(self._num_examples, features, self._room)
+                self._accumulators[name] = accumulator
         for accumulator in self._accumulators.values():
             accumulator.start(first)
+        self._room.clear(num_bytes)
 
     def start_batch(self, number: int, size: int) -> None:
         """Start a batch of the probe."""
