@@ -128,15 +128,15 @@ class MeasureLog:
         Raises:
             StepNotFoundError: If there is no such record.
         """
+        if step in self._records:  # Without a list of all, which reading many would make often.
+            return step
         steps = self.steps
         if step < 0 and -step <= len(steps):
             return steps[step]
-        if step not in self._records:
-            raise StepNotFoundError(
-                f"step {step} of '{self.measure}' was not recorded in run {self.run.name!r}; "
-                f"recorded steps: {listing(steps)}"
-            )
-        return step
+        raise StepNotFoundError(
+            f"step {step} of '{self.measure}' was not recorded in run {self.run.name!r}; "
+            f"recorded steps: {listing(steps)}"
+        )
 
     def array(self, field: str, step: int = -1, layer: str | None = None) -> npt.NDArray[Any]:
         """Return one array of one record.
