@@ -140,15 +140,16 @@ class Config:
         return measures
 
     def _decision_planes(self, examples: Probe) -> DecisionPlanes:
-        inputs = examples.inputs
-        if examples.targets is None or not isinstance(inputs, torch.Tensor):
+        inputs, targets = examples.inputs, examples.targets
+        is_first = examples.axes.batch_dim == 0
+        if targets is None or not isinstance(inputs, torch.Tensor) or not is_first:
             raise InvalidInputError(
-                "`planes` needs a probe of one input tensor with classes as targets; "
+                "`planes` needs a probe of one input tensor [examples, …] with classes as targets; "
                 "give Probe(inputs, targets), or leave `planes` out"
             )
         return DecisionPlanes(
             inputs,
-            examples.targets,
+            targets,
             triplets=self.planes,
             resolution=self.resolution,
             ids=examples.ids,

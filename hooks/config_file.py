@@ -192,6 +192,7 @@ def _arrays_of(source: Probe | Training, place: Place) -> dict[str, Any]:
         isinstance(source, Training)
         or source.targets is None
         or not isinstance(source.inputs, torch.Tensor)
+        or source.axes.batch_dim
     ):
         raise place.error("it has to be a probe of one input tensor with classes as targets")
     return {"inputs": source.inputs, "targets": source.targets, "ids": source.ids}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sonde.exceptions import InvalidInputError
 
+from .example_axes import ExampleAxes
 from .taps import map_tensors, tensor_leaves
 
 _IGNORED = -100  # The target that F.cross_entropy leaves out.
@@ -19,10 +20,23 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """The loss of a batch: (outputs, targets) to a scalar, such as `F.cross_entropy`."""
 
 
-def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
+def example_losses(
+    loss: Loss,
+    outputs: Any,
+    targets: Tensor | None,
+    num_examples: int,
+    example_axes: ExampleAxes | None = None,
+) -> Tensor:
     """Return the loss of each example alone, [examples].
 
     The loss sees batches of one example, so its reduction over a batch does not matter.
+
+    Args:
+        loss: The loss of a batch.
+        outputs: What the model returned.
+        targets: One target per example.
+        num_examples: The number of examples.
+        example_axes: Tells where they are; by default along the first axis.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -35,20 +49,24 @@ def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
     leaves = [leaf for _, leaf in tensor_leaves(outputs)]
     if not leaves:
         raise InvalidInputError("the model returned no tensor, so there is nothing to measure")
-    num_examples = len(targets) if targets is not None else len(leaves[0])
     # What has no row per example, such as the state of a recurrent layer, is given as it is.
-    has_rows = [leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves]
-    if not any(has_rows):
+    where = example_axes or ExampleAxes()
+    axes = [where.of_output(leaf.shape, num_examples) for leaf in leaves]
+    if all(axis is None for axis in axes):
         shapes = [list(leaf.shape) for leaf in leaves]
         raise InvalidInputError(
             f"the model's outputs {shapes} have no row for each of the {num_examples} examples"
         )
+    batched = [(x, axis) for x, axis in zip(leaves, axes, strict=True) if axis is not None]
+    if targets is not None:
+        batched.append((targets, where.of_input(targets)))
 
     def alone(*rows: Tensor) -> Tensor:
-        own = iter(rows)
-        target = None if targets is None else next(own)[None]
+        lifted = [row.unsqueeze(axis) for row, (_, axis) in zip(rows, batched, strict=True)]
+        target = None if targets is None else lifted.pop()
+        own = iter(lifted)
         given = iter(
-            [next(own)[None] if has else x for x, has in zip(leaves, has_rows, strict=True)]
+            [x if axis is None else next(own) for x, axis in zip(leaves, axes, strict=True)]
         )
         value = loss(map_tensors(outputs, lambda _: next(given)), target)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -59,16 +77,16 @@ def example_losses(loss: Loss, outputs: Any, targets: Tensor | None) -> Tensor:
             )
         return value.reshape(())
 
-    batched = [x for x, has in zip(leaves, has_rows, strict=True) if has]
-    if targets is not None:
-        batched.insert(0, targets)
     try:
-        losses: Tensor = torch.vmap(alone)(*batched)
+        losses: Tensor = torch.vmap(alone, tuple(axis for _, axis in batched))(
+            *(tensor for tensor, _ in batched)
+        )
         return losses
     except InvalidInputError:
         raise
     except Exception:  # Whatever vmap cannot transform in a user's loss, a loop can evaluate.
-        return torch.stack([alone(*rows) for rows in zip(*batched, strict=True)])
+        of_each = zip(*(tensor.unbind(axis) for tensor, axis in batched), strict=True)
+        return torch.stack([alone(*rows) for rows in of_each])
 
 
 def _is_classified(outputs: Any, targets: Tensor) -> bool:

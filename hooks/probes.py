@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -20,6 +20,7 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
 from .datasets import DatasetRows
+from .example_axes import ExampleAxes
 from .random_states import RandomStates
 from .sharding import Shards, is_distributed, let_go_of_gathered, shards_of
 
@@ -42,6 +43,9 @@ class Probe:
             in `inputs`, or for a `Subset` its indices.
         name: The name of this source in the log; by default `probe`.
         batch_size: How many examples are evaluated at once.
+        batch_dim: The axis of inputs and targets that holds the examples, of those that have so
+            many axes; the others hold them along the first. 1 for models that take [time, examples,
+            …]. In outputs either may be the one.
         in_memory: Hold the examples. Otherwise only a dataset's targets are held, and of its
             examples a batch at a time, read again whenever they are needed.
         sharded: Divide the examples between the ranks of a distributed training, each of which
@@ -60,9 +64,12 @@ class Probe:
         *,
         name: str | None = None,
         batch_size: int | None = None,
+        batch_dim: int = 0,
         in_memory: bool = True,
         sharded: bool = False,
     ) -> None:
+        if batch_dim < 0:
+            raise InvalidInputError(f"`batch_dim` (={batch_dim}) must be >= 0")
         dataset = DatasetRows(inputs) if isinstance(inputs, Dataset | DataLoader) else None
         if dataset is None and not in_memory:
             raise InvalidInputError("`in_memory=False` needs a dataset, which can be read again")
@@ -72,6 +79,7 @@ class Probe:
             ids = dataset.ids if ids is None else ids
             batch_size = batch_size or dataset.batch_size
         self.name = name
+        self.axes = ExampleAxes(batch_dim)
         self.sharded = sharded
         self.batch_size = 256 if batch_size is None else batch_size
         if self.batch_size < 1:
@@ -85,17 +93,20 @@ class Probe:
             if dataset is not None:
                 inputs, targets = dataset.read(slice(None))
             self._inputs = self._hold(inputs)
-            self.num_examples = _common_length(self._inputs)
+            self.num_examples = self._common_length(self._inputs)
         self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
-        if self.targets is not None and len(self.targets) != self.num_examples:
-            raise InvalidInputError(
-                f"`targets` has {len(self.targets)} examples, `inputs` {self.num_examples}"
-            )
+        if self.targets is not None:
+            num_targets = self.axes.size_of(self.targets)
+            if num_targets != self.num_examples:
+                raise InvalidInputError(
+                    f"`targets` has {num_targets} examples, `inputs` {self.num_examples}"
+                )
 
     def _hold(self, inputs: Any) -> Inputs:
         # A copy, as a probe is fixed, whatever becomes of the tensors it was made of.
-        return _map_inputs(_as_inputs(inputs), torch.clone)
+        held: Inputs = map_inputs(torch.clone, _as_inputs(inputs))
+        return held
 
     @cached_property
     def _input_digest(self) -> str:
@@ -117,9 +128,13 @@ class Probe:
 
     def batches(self, device: torch.device) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Yield (inputs, targets) in order, `batch_size` examples at a time, on a device."""
-        for start in range(0, self.num_examples, self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in self.slices():
             yield self.rows(rows, device)
+
+    def slices(self) -> Iterator[slice]:
+        """Yield which examples are evaluated at once, in order."""
+        for start in range(0, self.num_examples, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.num_examples))
 
     def shards(self, block: int | None = None) -> Shards | None:
         """Return how the examples are divided between ranks; None if they are not.
@@ -136,19 +151,21 @@ class Probe:
 
         A model may work in place on its input, so it never gets the probe's own tensors.
         """
-        targets = None if self.targets is None else self.targets[rows].to(device, copy=True)
+        targets = None
+        if self.targets is not None:
+            targets = self.axes.rows_of(self.targets, rows).to(device, copy=True)
         if self._inputs is None:
             assert self._dataset is not None  # One of both holds the examples.
             inputs = _as_inputs(self._dataset.read(rows)[0])
         else:
-            inputs = _map_inputs(self._inputs, lambda x: x[rows])
-        return _map_inputs(inputs, lambda x: x.to(device, copy=True)), targets
+            inputs = map_inputs(lambda x: self.axes.rows_of(x, rows), self._inputs)
+        return map_inputs(lambda x: x.to(device, copy=True), inputs), targets
 
     def table(self) -> list[LogArray]:
         """Return the ids and targets, as they stand in the log."""
         arrays = [LogArray("id", self.ids, ("example",))]
         if self.targets is not None:
-            targets = self.targets.cpu()
+            targets = self.targets.movedim(self.axes.of_input(self.targets), 0).cpu()
             if targets.dtype == torch.bfloat16:
                 targets = targets.float()
             dims = ("example", *(f"target_{axis}" for axis in range(1, targets.ndim)))
@@ -157,12 +174,28 @@ class Probe:
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the probe: size and digests."""
-        return {
+        described = {
             "num_examples": self.num_examples,
             "batch_size": self.batch_size,
             "id_digest": digest([self.ids]),
             "input_digest": self._input_digest,
         }
+        return described | ({"batch_dim": self.axes.batch_dim} if self.axes.batch_dim else {})
+
+    def _common_length(self, inputs: Inputs) -> int:
+        tensors = _tensors(inputs)
+        sizes = {
+            tensor.shape[self.axes.of_input(tensor)] if tensor.ndim else 0 for tensor in tensors
+        }
+        if len(sizes) != 1 or 0 in sizes:
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            axis = self.axes.batch_dim
+            expected = f"with axis {axis} of" if axis else "[examples, …] with"
+            raise InvalidInputError(
+                f"`inputs` has shapes {shapes}; expected tensors {expected} the same number "
+                "of examples, at least one"
+            )
+        return sizes.pop()
 
     def _read_through(self, dataset: DatasetRows) -> tuple[Tensor | None, str]:
         """Read a dataset once, batch by batch; return its targets and a digest of its inputs."""
@@ -171,10 +204,13 @@ class Probe:
         for start in range(0, dataset.num_examples, self.batch_size):
             read, batch_targets = dataset.read(slice(start, start + self.batch_size))
             inputs = _as_inputs(read)
-            _common_length(inputs)
+            self._common_length(inputs)
             digests.append(digest([_as_bytes(tensor) for tensor in _tensors(inputs)]))
             targets.append(batch_targets)
-        joined = None if targets[0] is None else torch.cat(list(map(torch.as_tensor, targets)))
+        joined = None
+        if targets[0] is not None:
+            read_targets = [torch.as_tensor(target) for target in targets]
+            joined = torch.cat(read_targets, self.axes.of_input(read_targets[0]))
         return joined, f"batches of {self.batch_size}: {_digest_of(digests)}"
 
     def __repr__(self) -> str:
@@ -296,23 +332,13 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
     return list(inputs) if isinstance(inputs, tuple) else [inputs]
 
 
-def _map_inputs(inputs: Inputs, function: Any) -> Inputs:
+def map_inputs(function: Callable[..., Any], inputs: Any, *others: Any) -> Any:
+    """Apply a function to each tensor of inputs, and to what others have in its place."""
     if isinstance(inputs, dict):
-        return {name: function(value) for name, value in inputs.items()}
+        return {name: function(x, *(of[name] for of in others)) for name, x in inputs.items()}
     if isinstance(inputs, tuple):
-        return tuple(function(value) for value in inputs)
-    return cast(Tensor, function(inputs))
-
-
-def _common_length(inputs: Inputs) -> int:
-    sizes = {len(tensor) if tensor.ndim else 0 for tensor in _tensors(inputs)}
-    if len(sizes) != 1 or 0 in sizes:
-        shapes = [tuple(tensor.shape) for tensor in _tensors(inputs)]
-        raise InvalidInputError(
-            f"`inputs` has shapes {shapes}; expected tensors [examples, …] with the same number "
-            "of examples, at least one"
-        )
-    return sizes.pop()
+        return tuple(function(*same) for same in zip(inputs, *others, strict=True))
+    return function(inputs, *others)
 
 
 def _as_ids(ids: Any, num_examples: int) -> npt.NDArray[np.int64]:

@@ -308,6 +308,7 @@ class _Evaluation:
                 [p.tensor for p in remaining],
                 self._held,
                 {p.tensor: choice for p in remaining if (choice := verdict.choices.get(p.name))},
+                probe.axes,
             )
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
             remaining = self._check(verdict, batch, probe, start, remaining)
@@ -361,7 +362,7 @@ class _Evaluation:
         tensors = [parameter.tensor for parameter in parameters]
         try:
             factors = fallback_gradients(
-                self._model, self._loss, inputs, targets, num_examples, tensors
+                self._model, self._loss, inputs, targets, num_examples, tensors, probe.axes
             )
         except UnsupportedError as reason:
             for parameter in parameters:

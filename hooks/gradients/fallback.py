@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.example_axes import ExampleAxes
 from sonde.hooks.losses import Loss
-from sonde.hooks.probes import Inputs, call
+from sonde.hooks.probes import Inputs, call, map_inputs
 
 from .batches import loss_of_model
 from .factors import Dense, Factor
@@ -26,6 +27,7 @@ def fallback_gradients(
     targets: Tensor | None,
     num_examples: int,
     parameters: Sequence[nn.Parameter],
+    example_axes: ExampleAxes | None = None,
 ) -> dict[nn.Parameter, Factor]:
     """Form the per-example gradients of some parameters.
 
@@ -36,6 +38,7 @@ def fallback_gradients(
         targets: One target per example.
         num_examples: The number of examples.
         parameters: The parameters.
+        example_axes: Tells where the examples are; by default along the first axis.
 
     Raises:
         UnsupportedError: If the model cannot be transformed.
@@ -46,16 +49,20 @@ def fallback_gradients(
     values = {names[parameter]: parameter.detach() for parameter in parameters}
 
     def loss_alone(given: dict[str, Tensor], row: Inputs, target: Tensor | None) -> Tensor:
-        alone = _lifted(row)
+        alone = map_inputs(lambda x, axis: x.unsqueeze(axis), row, axes)
         outputs = torch.func.functional_call(_Called(model), _prefixed(given), (alone,))
         if loss is None:
             return loss_of_model(outputs)
-        return loss(outputs, None if target is None else target[None]).reshape(())
+        lifted = None if target is None else target.unsqueeze(target_axis)
+        return loss(outputs, lifted).reshape(())
 
+    where = example_axes or ExampleAxes()
+    axes = map_inputs(where.of_input, inputs)
+    target_axis = 0 if targets is None else where.of_input(targets)
     row_bytes = sum(parameter.nbytes for parameter in parameters)
     transformed = torch.vmap(
         torch.func.grad(loss_alone),
-        in_dims=(None, 0, None if targets is None else 0),
+        in_dims=(None, axes, None if targets is None else target_axis),
         chunk_size=max(1, min(num_examples, _CHUNK_BYTES // max(1, row_bytes))),
     )
     try:
@@ -81,12 +88,3 @@ class _Called(nn.Module):
 
 def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in values.items()}
-
-
-def _lifted(row: Inputs) -> Inputs:
-    """Return the inputs of one example as a batch of one."""
-    if isinstance(row, dict):
-        return {name: value[None] for name, value in row.items()}
-    if isinstance(row, tuple):
-        return tuple(value[None] for value in row)
-    return row[None]

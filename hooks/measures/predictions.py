@@ -47,8 +47,8 @@ class Predictions(ProbeMeasure):
             return Recording() if parts is None else _recording(torch.cat(parts))
         batches = []
         with undisturbed(subject.model), torch.no_grad():
-            for inputs, _ in self.probe.batches(device_of(subject.model)):
-                batches.append(on_host(logits_of(call(subject.model, inputs))))
+            for rows in self.probe.slices():
+                batches.append(on_host(self._logits(subject.model, rows)))
         wait_for_copies()
         logits = torch.cat(batches)
         return _recording(logits)
@@ -59,10 +59,16 @@ class Predictions(ProbeMeasure):
         with undisturbed(model), torch.no_grad():
             take_buffers_of_first(model)
             for rows, is_own in shards.batches():
-                inputs, _ = self.probe.rows(rows, device_of(model))
-                logits = logits_of(call(model, inputs)).cpu()
+                logits = self._logits(model, rows).cpu()
                 found.append(logits if is_own else logits[:0])
         return torch.cat(found)
+
+    def _logits(self, model: nn.Module, rows: slice) -> Tensor:
+        """Return the outputs for some examples, [examples, …]."""
+        inputs, _ = self.probe.rows(rows, device_of(model))
+        logits = logits_of(call(model, inputs))
+        axis = self.probe.axes.of_output(logits.shape, rows.stop - rows.start)
+        return logits.movedim(axis or 0, 0)
 
 
 def _recording(logits: Tensor) -> Recording:
