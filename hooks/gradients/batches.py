@@ -99,16 +99,19 @@ def batch_gradients(
             raise uses.error
         total, losses = _loss_of(loss, outputs, targets, num_examples, example_axes)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
-        found = iter(torch.autograd.grad(total, known, allow_unused=True) if known else ())
+        found = list(torch.autograd.grad(total, known, allow_unused=True)) if known else []
     result = BatchGradients(
         num_examples, couplings=uses.couplings, losses=losses, ambiguous=uses.ambiguous
     )
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
     with torch.no_grad(), GatheredValues(model) as values:
-        for operation, of_operation in zip(operations, edges, strict=True):
+        # From the last to the first, so that what an operation was given is let go of in turn.
+        while operations:
+            operation = operations.pop()
             values.gather(p for use in operation.uses for p in use.parameters)
-            deltas = [None if edge is None else next(found) for edge in of_operation]
+            deltas = [None if edge is None else found.pop() for edge in reversed(edges.pop())]
+            deltas.reverse()
             add_operation(operation, deltas, parts, result.problems)
     for parameter in wanted:
         if parameter in parts and parameter not in result.problems:

@@ -377,12 +377,11 @@ class _Evaluation:
         return {p: factors[p.tensor] for p in parameters if p.tensor not in differ}
 
 
-def _products(factors: list[Factor]) -> tuple[Tensor, Tensor]:
-    """Return the inner products of one set of gradients or between two, and squared norms."""
+def _products(factors: list[Factor]) -> tuple[Tensor, Tensor | None]:
+    """Return the inner products of one set of gradients; or between two, and squared norms."""
     if len(factors) > 1:
         return factors[0].cross(factors[1]), factors[0].squared_norms()
-    products = factors[0].gram()
-    return products, products.diagonal()
+    return factors[0].gram(), None
 
 
 def _reference(loss: Loss | None) -> Callable[[], Loss | None]:

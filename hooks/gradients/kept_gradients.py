@@ -69,11 +69,20 @@ class KeptGradients:
         self.layers: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
 
-    def add_products(self, parameter: OwnedParameter, products: Tensor, squares: Tensor) -> None:
-        """Add the inner products of the gradients of a parameter."""
+    def add_products(
+        self, parameter: OwnedParameter, products: Tensor, squares: Tensor | None = None
+    ) -> None:
+        """Add the inner products of the gradients of a parameter.
+
+        Args:
+            parameter: The parameter.
+            products: Those of one set of examples, or between two.
+            squares: Of two, the squared norms of the first.
+        """
         self.added.add(parameter.name)
         _add(self.layers, parameter.layer, products)
-        _add(self._squares, parameter.layer, squares)
+        if squares is not None:
+            _add(self._squares, parameter.layer, squares)
 
     def add_rows(
         self,
@@ -103,12 +112,19 @@ class KeptGradients:
 
     def total(self) -> Tensor | None:
         """Return the sum over all layers."""
-        return torch.stack(list(self.layers.values())).sum(0) if self.layers else None
+        if not self.layers:
+            return None
+        first, *others = self.layers.values()
+        total = first.clone()
+        for values in others:
+            total += values
+        return total
 
     def norms(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the norm of each example's gradient, in all and of each layer, float64."""
-        total = sum(self._squares.values(), torch.zeros(self._num_examples))
-        return _root(total), {name: _root(squares) for name, squares in self._squares.items()}
+        squares = self._squares or {name: of.diagonal() for name, of in self.layers.items()}
+        total = sum(squares.values(), torch.zeros(self._num_examples))
+        return _root(total), {name: _root(of_layer) for name, of_layer in squares.items()}
 
 
 def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -363,7 +363,7 @@ class LiveGradients(Observation):
             products = joined(factors).gram() if factors else held[0].values
             assert products is not None
             scaled = products * scales[:, None] * scales
-            kept.add_products(parameter, scaled, scaled.diagonal())
+            kept.add_products(parameter, scaled)
             return None
         start = 0
         for one in held:

@@ -207,18 +207,28 @@ class ParameterUses(TorchFunctionMode):
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         tensors = _tensors((args, kwargs))
-        self._keep_new_parameters(tensors)
+        tracked, num_constants = [], 0
+        for tensor in tensors:
+            known = id(tensor) in self._roots or id(tensor) in self._constants
+            if not known and isinstance(tensor, nn.Parameter):
+                self._keep(tensor)  # A module was given it meanwhile, as a gathered one.
+            if id(tensor) in self._roots:
+                tracked.append(tensor)
+            elif id(tensor) in self._constants:
+                num_constants += 1
+        is_of_examples = len(tracked) + num_constants < len(tensors)
+        if is_of_examples and not tracked:
+            return
         outputs = [out for out in _tensors(output) if not _is_transformed(out)]
         if not outputs:
             return
-        tracked = [t for t in tensors if id(t) in self._roots]
-        if len(tracked) + sum(id(t) in self._constants for t in tensors) == len(tensors):
+        if not is_of_examples:
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
             for out in outputs:
                 self._keep(out, parameters)
-        elif tracked and torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             self._report(func, args, kwargs, outputs, tensors)
-        elif tracked:
+        else:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
 
     def _keep(
@@ -232,13 +242,6 @@ class ParameterUses(TorchFunctionMode):
             self._roots[id(tensor)] = {self._held.owner_of(tensor): tensor}
         else:
             self._roots[id(tensor)] = parameters or {}
-
-    def _keep_new_parameters(self, tensors: Sequence[Tensor]) -> None:
-        """Notice parameters that a module was given meanwhile, such as gathered ones."""
-        for tensor in tensors:
-            is_known = id(tensor) in self._roots or id(tensor) in self._constants
-            if not is_known and isinstance(tensor, nn.Parameter):
-                self._keep(tensor)
 
     def _report(
         self,
