@@ -144,7 +144,7 @@ class Config:
         is_first = examples.axes.batch_dim == 0
         if targets is None or not isinstance(inputs, torch.Tensor) or not is_first:
             raise InvalidInputError(
-                "`planes` needs a probe of one input tensor [examples, …] with classes as targets; "
+                "`planes` needs a probe of one input tensor with classes as targets; "
                 "give Probe(inputs, targets), or leave `planes` out"
             )
         return DecisionPlanes(

@@ -10,52 +10,71 @@ from sonde.exceptions import InvalidInputError
 
 
 class ExampleAxes:
-    """Tells which axis of a tensor holds the examples.
+    """Tells which axis of inputs and targets holds the examples.
 
     Args:
-        batch_dim: The axis of inputs and targets, of those that have so many; the others hold the
-            examples along the first. Outputs may do either, whatever they have.
-
-    Example:
-        >>> axes = ExampleAxes(1)
-        >>> axes.of_output([7, 5, 10], 5), axes.of_output([5, 10], 5)
-        (1, 0)
+        batch_dim: The axis, of tensors that have so many; the others hold examples along the first.
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
         self.batch_dim = batch_dim
-        self._of_outputs: dict[int, int] = {}
 
-    def of_input(self, tensor: Tensor) -> int:
-        """Return the axis of a tensor of inputs or targets."""
+    def of(self, tensor: Tensor) -> int:
+        """Return the axis of a tensor."""
         return self.batch_dim if tensor.ndim > self.batch_dim else 0
 
     def size_of(self, tensor: Tensor) -> int:
-        """Return the number of examples of a tensor of inputs or targets; 0 of a scalar."""
-        return tensor.shape[self.of_input(tensor)] if tensor.ndim else 0
+        """Return the number of examples of a tensor; 0 of a scalar."""
+        return tensor.shape[self.of(tensor)] if tensor.ndim else 0
 
     def rows_of(self, tensor: Tensor, rows: slice) -> Tensor:
-        """Return some examples of a tensor of inputs or targets, in its memory."""
-        return tensor[(slice(None),) * self.of_input(tensor) + (rows,)]
+        """Return some examples of a tensor, in its memory."""
+        return tensor[(slice(None),) * self.of(tensor) + (rows,)]
 
-    def of_output(self, shape: Sequence[int], num_examples: int) -> int | None:
-        """Return the axis of an output that has their number; None if none of the two has.
+
+class OutputAxes:
+    """Tells which axis of a model's outputs holds the examples: `batch_dim` or the first.
+
+    Where both have their number, what was seen of the same output before decides.
+
+    Args:
+        inputs: Where they are in the inputs.
+
+    Example:
+        >>> axes = OutputAxes(ExampleAxes(1))
+        >>> axes.of("[logits]", [7, 5, 10], 5), axes.of("[label]", [5, 10], 5)
+        (1, 0)
+        >>> axes.of("[logits]", [7, 7, 10], 7)
+        1
+    """
+
+    def __init__(self, inputs: ExampleAxes) -> None:
+        self.inputs = inputs
+        self._seen: dict[tuple[str, int], int] = {}
+
+    def of(self, path: str, shape: Sequence[int], num_examples: int) -> int | None:
+        """Return the axis of an output; None if none of the two has the number of examples.
+
+        Args:
+            path: The way to it, in what the model returns.
+            shape: Its shape.
+            num_examples: The number of examples.
 
         Raises:
-            InvalidInputError: If both have, and no output with as many axes has told them apart.
+            InvalidInputError: If both have, and nothing has told them apart.
         """
-        found = [
-            axis
-            for axis in {0, self.batch_dim}
-            if axis < len(shape) and shape[axis] == num_examples
-        ]
+        dims = {0, self.inputs.batch_dim}
+        found = [dim for dim in dims if dim < len(shape) and shape[dim] == num_examples]
+        key = (path, len(shape))
         if not found:
             return None
         if len(found) == 1:
-            self._of_outputs[len(shape)] = found[0]
-        elif len(shape) not in self._of_outputs:
+            self._seen[key] = found[0]
+        elif key not in self._seen:
+            if num_examples == 1:
+                return 0  # Without an axis of size 1, whichever it is, the same remains.
             raise InvalidInputError(
-                f"axes 0 and {self.batch_dim} of an output {list(shape)} have the size of the "
-                "batch; give the probe another `batch_size`"
+                f"axes 0 and {self.inputs.batch_dim} of an output {list(shape)} have the size of "
+                "the batch; give the probe another `batch_size`"
             )
-        return self._of_outputs[len(shape)]
+        return self._seen[key]

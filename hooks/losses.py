@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sonde.exceptions import InvalidInputError
 
-from .example_axes import ExampleAxes
+from .example_axes import ExampleAxes, OutputAxes
 from .taps import map_tensors, tensor_leaves
 
 _IGNORED = -100  # The target that F.cross_entropy leaves out.
@@ -25,7 +25,7 @@ def example_losses(
     outputs: Any,
     targets: Tensor | None,
     num_examples: int,
-    example_axes: ExampleAxes | None = None,
+    output_axes: OutputAxes | None = None,
 ) -> Tensor:
     """Return the loss of each example alone, [examples].
 
@@ -36,7 +36,7 @@ def example_losses(
         outputs: What the model returned.
         targets: One target per example.
         num_examples: The number of examples.
-        example_axes: Tells where they are; by default along the first axis.
+        output_axes: Tells where they are; by default along the first axis.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -46,12 +46,13 @@ def example_losses(
         # example that is ignored is 0 / 0, here too.
         apart = F.cross_entropy(outputs, targets, reduction="none")
         return apart / (targets != _IGNORED)
-    leaves = [leaf for _, leaf in tensor_leaves(outputs)]
+    found = tensor_leaves(outputs)
+    leaves = [leaf for _, leaf in found]
     if not leaves:
         raise InvalidInputError("the model returned no tensor, so there is nothing to measure")
     # What has no row per example, such as the state of a recurrent layer, is given as it is.
-    where = example_axes or ExampleAxes()
-    axes = [where.of_output(leaf.shape, num_examples) for leaf in leaves]
+    where = output_axes or OutputAxes(ExampleAxes())
+    axes = [where.of(path, leaf.shape, num_examples) for path, leaf in found]
     if all(axis is None for axis in axes):
         shapes = [list(leaf.shape) for leaf in leaves]
         raise InvalidInputError(
@@ -59,7 +60,7 @@ def example_losses(
         )
     batched = [(x, axis) for x, axis in zip(leaves, axes, strict=True) if axis is not None]
     if targets is not None:
-        batched.append((targets, where.of_input(targets)))
+        batched.append((targets, where.inputs.of(targets)))
 
     def alone(*rows: Tensor) -> Tensor:
         lifted = [row.unsqueeze(axis) for row, (_, axis) in zip(rows, batched, strict=True)]

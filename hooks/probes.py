@@ -165,7 +165,7 @@ class Probe:
         """Return the ids and targets, as they stand in the log."""
         arrays = [LogArray("id", self.ids, ("example",))]
         if self.targets is not None:
-            targets = self.targets.movedim(self.axes.of_input(self.targets), 0).cpu()
+            targets = self.targets.movedim(self.axes.of(self.targets), 0).cpu()
             if targets.dtype == torch.bfloat16:
                 targets = targets.float()
             dims = ("example", *(f"target_{axis}" for axis in range(1, targets.ndim)))
@@ -184,9 +184,7 @@ class Probe:
 
     def _common_length(self, inputs: Inputs) -> int:
         tensors = _tensors(inputs)
-        sizes = {
-            tensor.shape[self.axes.of_input(tensor)] if tensor.ndim else 0 for tensor in tensors
-        }
+        sizes = {tensor.shape[self.axes.of(tensor)] if tensor.ndim else 0 for tensor in tensors}
         if len(sizes) != 1 or 0 in sizes:
             shapes = [tuple(tensor.shape) for tensor in tensors]
             axis = self.axes.batch_dim
@@ -210,7 +208,7 @@ class Probe:
         joined = None
         if targets[0] is not None:
             read_targets = [torch.as_tensor(target) for target in targets]
-            joined = torch.cat(read_targets, self.axes.of_input(read_targets[0]))
+            joined = torch.cat(read_targets, self.axes.of(read_targets[0]))
         return joined, f"batches of {self.batch_size}: {_digest_of(digests)}"
 
     def __repr__(self) -> str:
@@ -253,7 +251,7 @@ def digest(arrays: Sequence[npt.NDArray[Any]]) -> str:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
     """Put a model into eval mode for a while and leave no trace of what happens meanwhile.
 
     Within, random numbers are drawn from a fixed seed, so a model that draws some in eval mode
@@ -261,9 +259,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model; no forward pass of it may be under way.
+
+    Yields:
+        What seeds again, so that an example gets the same numbers however often a model is run.
     """
     modes = {module: module.training for module in model.modules()}
-    slots = {module: dict(module._buffers) for module in modes}
+    # A ScriptModule binds no new tensor to a buffer's name.
+    eager = [module for module in modes if not isinstance(module, torch.jit.ScriptModule)]
+    slots = {module: dict(module._buffers) for module in eager}
     # Not only buffers: an embedding with max_norm rescales its weight in the forward pass.
     kept = {tensor: tensor.detach().clone() for tensor in _changeable(modes)}
     versions = {tensor: tensor._version for tensor in kept}
@@ -275,15 +278,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False
         random_states.seed()
         with torch.autocast(device_of(model).type, enabled=False), run_eagerly(), _layer_by_layer():
-            yield
+            yield random_states
     finally:
         random_states.restore()
         let_go_of_gathered(model)
         for module, mode in modes.items():
             if module.training is not mode:
                 module.training = mode
+        for module, buffers in slots.items():
             # A module may bind a new tensor to a buffer's name, instead of changing it.
-            module._buffers.update(slots[module])
+            module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, copy in kept.items():
                 if tensor._version != versions[tensor]:

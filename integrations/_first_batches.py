@@ -92,7 +92,7 @@ class FirstBatches:
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """Return the cross-entropy of a model's `logits`, for outputs that are more than a tensor."""
-    return F.cross_entropy(logits_of(outputs), targets)
+    return F.cross_entropy(logits_of(outputs)[1], targets)
 
 
 def _named_inputs(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.example_axes import ExampleAxes
+from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss, example_losses
 from sonde.hooks.probes import Inputs, call
 from sonde.hooks.taps import tensor_leaves
@@ -62,7 +62,7 @@ def batch_gradients(
     wanted: Iterable[nn.Parameter],
     held: HeldParameters,
     choices: Mapping[nn.Parameter, int] | None = None,
-    example_axes: ExampleAxes | None = None,
+    output_axes: OutputAxes | None = None,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
 
@@ -75,7 +75,7 @@ def batch_gradients(
         wanted: The parameters.
         held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
-        example_axes: Tells where the examples are; by default along the first axis.
+        output_axes: Tells where the examples are; by default along the first axis.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -97,7 +97,7 @@ def batch_gradients(
             outputs = call(model, inputs)
         if uses.error is not None:
             raise uses.error
-        total, losses = _loss_of(loss, outputs, targets, num_examples, example_axes)
+        total, losses = _loss_of(loss, outputs, targets, num_examples, output_axes)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
         found = list(torch.autograd.grad(total, known, allow_unused=True)) if known else []
     result = BatchGradients(
@@ -199,12 +199,12 @@ def _loss_of(
     outputs: Any,
     targets: Tensor | None,
     num_examples: int,
-    example_axes: ExampleAxes | None,
+    output_axes: OutputAxes | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the examples' losses, and each of them where it is known."""
     if loss is None:
         return loss_of_model(outputs) * num_examples, None
-    losses = example_losses(loss, outputs, targets, num_examples, example_axes)
+    losses = example_losses(loss, outputs, targets, num_examples, output_axes)
     return losses.sum(), losses.detach()
 
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss
-from sonde.hooks.probes import PassingProbe, Probe, device_of, undisturbed
-from sonde.hooks.select import Selector, select_layers
+from sonde.hooks.probes import Inputs, PassingProbe, Probe, device_of, undisturbed
+from sonde.hooks.random_states import RandomStates
+from sonde.hooks.select import Selector, layers_of, select_layers
 from sonde.hooks.sharding import gradients_unsynced, let_go_of_gathered
 from sonde.hooks.stores import Full, Gram, Sketch, Store
 from sonde.hooks.taps import tensor_leaves
@@ -125,9 +127,9 @@ def example_gradients(
         targets: One target per example.
         store: The form: `Gram()`, `Sketch(dim)` or `Full()`.
         layers: Only parameters of these layers; None takes all.
-        others: Other examples, a `Probe` or (inputs, targets): the inner products of the gradients
-            of the first with those of these are computed, such as of training and validation
-            examples. Only of `Gram`.
+        others: Other examples, a `Probe` or (inputs, targets) like the first ones: the inner
+            products of the gradients of the first with those of these are computed, such as of
+            training and validation examples. Only of `Gram`.
         batch_size: How many examples are evaluated at once.
         memory: How many bytes `Gram` may hold of all examples; what does not fit takes another pass
             over the examples, for other layers.
@@ -149,15 +151,22 @@ def example_gradients(
         torch.Size([8, 8])
     """
     kept = check_store(Gram() if store is None else store)
-    probes = [_as_probe(inputs, targets, batch_size)]
-    if others is not None:
-        probes.append(_as_probe(*_pair(others), batch_size))
+    probe = _as_probe(inputs, targets, batch_size)
+    probes = [probe]
+    if isinstance(others, Probe):
+        probes.append(others)
+    elif others is not None:
+        batch_dim = probe.axes.batch_dim
+        pair = _pair(others)
+        probes.append(PassingProbe(*pair, batch_size=probe.batch_size, batch_dim=batch_dim))
     if len(probes) > 1 and not isinstance(kept, Gram):
         raise InvalidInputError(f"`others` takes inner products, which {kept!r} does not keep")
+    layers_of(model)  # Refuses what cannot be evaluated, before anything is touched.
     selected = None if layers is None else select_layers(model, layers)
-    with undisturbed(model), gradients_unsynced(model):
+    with undisturbed(model) as random_states, gradients_unsynced(model):
         let_go_of_gathered(model)  # Such as those that a validation has left.
-        return _Evaluation(model, loss, probes, kept, memory).run(owned_parameters(model, selected))
+        evaluation = _Evaluation(model, loss, probes, kept, memory, random_states)
+        return evaluation.run(owned_parameters(model, selected))
 
 
 def check_store(store: Store) -> Gram | Sketch | Full:
@@ -185,12 +194,15 @@ class _Evaluation:
         probes: list[Probe],
         store: Gram | Sketch | Full,
         memory: int,
+        random_states: RandomStates,
     ) -> None:
         self._model = model
         self._loss = loss
         self._probes = probes
         self._store = store
         self._memory = memory
+        self._random_states = random_states
+        self._output_axes = [OutputAxes(probe.axes) for probe in probes]
         self._held = HeldParameters(model)
         self._verdicts = _verdicts.setdefault(model, {})
         self._problems: Problems = {}
@@ -224,9 +236,9 @@ class _Evaluation:
             remaining = [parameter for parameter in remaining if parameter not in done]
         return kept
 
-    def _verdict(self, inputs: Any, num_examples: int) -> _Verdict:
-        shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(inputs))
-        key = (num_examples, shapes, id(self._loss))
+    def _verdict(self, examples: _Examples) -> _Verdict:
+        batch_dim = examples.probe.axes.batch_dim
+        key = (examples.num_examples, batch_dim, examples.shapes, id(self._loss))
         verdict = self._verdicts.get(key)
         if verdict is None or verdict.loss() is not self._loss:
             # Another loss may have been made where one was that is gone.
@@ -246,10 +258,8 @@ class _Evaluation:
         factors: list[_Factors] = [defaultdict(list) for _ in self._probes]
         is_first = True
         for at, probe in enumerate(self._probes):
-            start = 0
-            for inputs, targets in probe.batches(device_of(self._model)):
-                num_examples = min(probe.batch_size, probe.num_examples - start)
-                found = self._batch(probe, inputs, targets, num_examples, start, group)
+            for rows in probe.slices():
+                found = self._batch(at, rows, group)
                 if is_first and isinstance(self._store, Gram):
                     group = self._that_fit(group, found)
                 is_first = False
@@ -260,9 +270,8 @@ class _Evaluation:
                     if isinstance(self._store, Gram):
                         factors[at][parameter].append(factor)
                     else:
-                        rows = reduced_rows(self._store, parameter.name, factor)
-                        kept.add_rows(self._store, parameter, *rows, start)
-                start += num_examples
+                        reduced = reduced_rows(self._store, parameter.name, factor)
+                        kept.add_rows(self._store, parameter, *reduced, rows.start)
         for parameter in group:
             if parameter in factors[0] and parameter.name not in self._unsupported:
                 kept.add_products(
@@ -285,16 +294,11 @@ class _Evaluation:
         return fitting
 
     def _batch(
-        self,
-        probe: Probe,
-        inputs: Any,
-        targets: Tensor | None,
-        num_examples: int,
-        start: int,
-        group: Sequence[OwnedParameter],
+        self, at: int, rows: slice, group: Sequence[OwnedParameter]
     ) -> dict[OwnedParameter, Factor]:
-        """Compute the gradients of a batch: by rules, or by the fallback."""
-        verdict = self._verdict(inputs, num_examples)
+        """Compute the gradients of some examples of a probe: by rules, or by the fallback."""
+        examples = _Examples(self._model, self._probes[at], rows, self._random_states)
+        verdict = self._verdict(examples)
         problems = verdict.problems
         found: dict[OwnedParameter, Factor] = {}
         remaining = [p for p in group if p.name not in problems]
@@ -302,30 +306,28 @@ class _Evaluation:
             batch = batch_gradients(
                 self._model,
                 self._loss,
-                inputs,
-                targets,
-                num_examples,
+                *examples.take(),
+                examples.num_examples,
                 [p.tensor for p in remaining],
                 self._held,
                 {p.tensor: choice for p in remaining if (choice := verdict.choices.get(p.name))},
-                probe.axes,
+                self._output_axes[at],
             )
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
-            remaining = self._check(verdict, batch, probe, start, remaining)
+            remaining = self._check(verdict, batch, examples, remaining)
         others = [p for p in group if p.name in problems and p.name not in self._unsupported]
         self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
         for parameter in others:
             found.pop(parameter, None)
         if others:
-            found.update(self._fall_back(probe, start, inputs, targets, num_examples, others))
+            found.update(self._fall_back(examples, others))
         return found
 
     def _check(
         self,
         verdict: _Verdict,
         batch: BatchGradients,
-        probe: Probe,
-        start: int,
+        examples: _Examples,
         parameters: Sequence[OwnedParameter],
     ) -> list[OwnedParameter]:
         """Note problems; return the parameters whose examples may be at another place."""
@@ -334,9 +336,7 @@ class _Evaluation:
             p for p in parameters if p.tensor in batch.factors and p.name not in verdict.checked
         ]
         if unchecked:
-            reasons |= differing(
-                self._model, self._loss, probe, start, batch, unchecked, self._held
-            )
+            reasons |= self._differing(examples, batch, unchecked)
         again = []
         for parameter in parameters:
             choice = verdict.choices.get(parameter.name, 0) + 1
@@ -349,32 +349,62 @@ class _Evaluation:
                 verdict.problems[parameter.name] = reasons[parameter.tensor]
         return again
 
+    def _differing(
+        self, examples: _Examples, batch: BatchGradients, parameters: Sequence[OwnedParameter]
+    ) -> dict[nn.Parameter, str]:
+        start = examples.rows.start
+        return differing(
+            self._model, self._loss, examples.probe, start, batch, parameters, self._held
+        )
+
     def _fall_back(
-        self,
-        probe: Probe,
-        start: int,
-        inputs: Any,
-        targets: Tensor | None,
-        num_examples: int,
-        parameters: list[OwnedParameter],
+        self, examples: _Examples, parameters: list[OwnedParameter]
     ) -> dict[OwnedParameter, Factor]:
         """Form the gradients of parameters that no rule covers; note what cannot be."""
         tensors = [parameter.tensor for parameter in parameters]
+        num_examples, axes = examples.num_examples, examples.probe.axes
         try:
             factors = fallback_gradients(
-                self._model, self._loss, inputs, targets, num_examples, tensors, probe.axes
+                self._model, self._loss, *examples.take(), num_examples, tensors, axes
             )
         except UnsupportedError as reason:
             for parameter in parameters:
                 rule = self._problems[parameter.name]
                 self._unsupported[parameter.name] = f"{rule}; {reason}"
             return {}
-        formed = BatchGradients(num_examples, factors)
-        differ = differing(self._model, self._loss, probe, start, formed, parameters, self._held)
+        differ = self._differing(examples, BatchGradients(num_examples, factors), parameters)
         for parameter in parameters:
             if parameter.tensor in differ:
                 self._unsupported[parameter.name] = differ[parameter.tensor]
         return {p: factors[p.tensor] for p in parameters if p.tensor not in differ}
+
+
+class _Examples:
+    """Some examples of a probe, which a model may change in place when it is given them.
+
+    Args:
+        model: The model they are for.
+        probe: The probe.
+        rows: Which of them.
+        random_states: Seeded alike whenever they are given.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Probe, rows: slice, random_states: RandomStates
+    ) -> None:
+        self.probe = probe
+        self.rows = rows
+        self.num_examples = rows.stop - rows.start
+        self._device = device_of(model)
+        self._random_states = random_states
+        self._next: tuple[Inputs, Tensor | None] | None = probe.rows(rows, self._device)
+        self.shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(self._next[0]))
+
+    def take(self) -> tuple[Inputs, Tensor | None]:
+        """Return (inputs, targets), never the same tensors twice."""
+        taken, self._next = self._next or self.probe.rows(self.rows, self._device), None
+        self._random_states.seed(self.rows.start)
+        return taken
 
 
 def _products(factors: list[Factor]) -> tuple[Tensor, Tensor | None]:
@@ -400,9 +430,7 @@ def _as_probe(inputs: Any, targets: Any, batch_size: int | None) -> Probe:
     return PassingProbe(inputs, targets, batch_size=batch_size)
 
 
-def _pair(others: Probe | tuple[Any, Any]) -> tuple[Any, Any]:
-    if isinstance(others, Probe):
-        return others, None
+def _pair(others: tuple[Any, Any]) -> tuple[Any, Any]:
     if not isinstance(others, tuple) or len(others) != 2:
         raise InvalidInputError("`others` must be a Probe, or a pair (inputs, targets)")
     return others

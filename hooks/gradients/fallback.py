@@ -57,8 +57,8 @@ def fallback_gradients(
         return loss(outputs, lifted).reshape(())
 
     where = example_axes or ExampleAxes()
-    axes = map_inputs(where.of_input, inputs)
-    target_axis = 0 if targets is None else where.of_input(targets)
+    axes = map_inputs(where.of, inputs)
+    target_axis = 0 if targets is None else where.of(targets)
     row_bytes = sum(parameter.nbytes for parameter in parameters)
     transformed = torch.vmap(
         torch.func.grad(loss_alone),

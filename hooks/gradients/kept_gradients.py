@@ -104,11 +104,11 @@ class KeptGradients:
         )
         shape = parameter.tensor.shape if is_full else values.shape[1:]
         if name not in kept and len(values) == self._num_examples:
-            kept[name] = values.reshape(-1, *shape)
+            kept[name] = values.reshape(len(values), *shape)
             return
         if name not in kept:
             kept[name] = values.new_zeros(self._num_examples, *shape)
-        kept[name][rows] += values.reshape(-1, *shape)
+        kept[name][rows] += values.reshape(len(values), *shape)
 
     def total(self) -> Tensor | None:
         """Return the sum over all layers."""

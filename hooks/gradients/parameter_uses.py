@@ -207,29 +207,30 @@ class ParameterUses(TorchFunctionMode):
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         tensors = _tensors((args, kwargs))
-        tracked, num_constants = [], 0
-        for tensor in tensors:
-            known = id(tensor) in self._roots or id(tensor) in self._constants
-            if not known and isinstance(tensor, nn.Parameter):
-                self._keep(tensor)  # A module was given it meanwhile, as a gathered one.
-            if id(tensor) in self._roots:
-                tracked.append(tensor)
-            elif id(tensor) in self._constants:
-                num_constants += 1
-        is_of_examples = len(tracked) + num_constants < len(tensors)
-        if is_of_examples and not tracked:
-            return
+        unknown = [t for t in tensors if not self._knows(t)]
+        new = [t for t in unknown if isinstance(t, nn.Parameter)]
+        if len(unknown) == len(tensors) > 0 and not new:
+            return  # It is of examples alone.
         outputs = [out for out in _tensors(output) if not _is_transformed(out)]
         if not outputs:
             return
+        # A module was given these meanwhile, as gathered ones. What only asks for their size may
+        # come before the module has them.
+        for tensor in new:
+            self._keep(tensor)
+        tracked = [t for t in tensors if id(t) in self._roots]
+        is_of_examples = len(unknown) > len(new)
         if not is_of_examples:
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
             for out in outputs:
                 self._keep(out, parameters)
-        elif torch.is_grad_enabled():
+        elif tracked and torch.is_grad_enabled():
             self._report(func, args, kwargs, outputs, tensors)
-        else:
+        elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
+
+    def _knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._roots or id(tensor) in self._constants
 
     def _keep(
         self, tensor: Tensor, parameters: Mapping[nn.Parameter, nn.Parameter] | None = None

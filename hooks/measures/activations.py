@@ -17,6 +17,7 @@ from sonde.hooks.batch_axes import batch_axis
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
+from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
 from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
@@ -89,9 +90,9 @@ class Activations(LayerMeasure):
         model, probe = subject.model, self.probe
         assert probe is not None  # Of the training it is observed.
         shards = self._shards(probe)
-        with undisturbed(model), torch.no_grad():
+        with undisturbed(model) as random_states, torch.no_grad():
             if shards is not None:
-                return self._record_sharded(model, probe, selected, shards)
+                return self._record_sharded(model, probe, selected, shards, random_states)
             if model not in self._small:
                 self._small[model] = self._run_small(model, probe, selected)
             small = self._small[model]
@@ -108,6 +109,7 @@ class Activations(LayerMeasure):
                 for batch in range(first, len(starts)):
                     outputs.start_batch(batch, sizes[batch])
                     rows = slice(starts[batch], starts[batch] + sizes[batch])
+                    random_states.seed(rows.start)
                     with tapped(selected, outputs.on_call):
                         call(model, probe.rows(rows, device_of(model))[0])
         recording = outputs.recording(selected)
@@ -125,7 +127,12 @@ class Activations(LayerMeasure):
         return probe.shards(self.store.block if isinstance(self.store, Gram) else None)
 
     def _record_sharded(
-        self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module], shards: Shards
+        self,
+        model: nn.Module,
+        probe: Probe,
+        selected: dict[str, nn.Module],
+        shards: Shards,
+        random_states: RandomStates,
     ) -> Recording:
         """Run this rank's part of the probe; the recording of rank 0 is of all parts."""
         take_buffers_of_first(model)
@@ -140,7 +147,7 @@ class Activations(LayerMeasure):
         # A layer is held whole, as if another batch without examples came.
         for held in plan_passes(held_bytes, [shards.largest, 0], self._usable_bytes, kept_bytes):
             outputs.start_pass(dict.fromkeys(held, range(1)), 0)
-            agreed(lambda: self._run_part(model, probe, selected, shards, outputs))
+            agreed(lambda: self._run_part(model, probe, selected, shards, outputs, random_states))
             outputs.add_missing(tell_all(outputs.missing))
             for name in outputs.complete(held):
                 arrays.append(join_ranks(outputs.accumulator(name), shards, name))
@@ -159,8 +166,10 @@ class Activations(LayerMeasure):
         selected: dict[str, nn.Module],
         shards: Shards,
         outputs: _Outputs,
+        random_states: RandomStates,
     ) -> None:
         for rows, is_own in shards.batches():
+            random_states.seed(rows.start)
             outputs.start_batch(0, rows.stop - rows.start)
             with tapped(selected if is_own else {}, outputs.on_call):
                 call(model, probe.rows(rows, device_of(model))[0])
@@ -220,9 +229,8 @@ class _SmallRun:
     def held_bytes(self, store: Store) -> dict[str, int]:
         """Return what the store holds of an example of each output, in bytes."""
         return {
-            name: store.held_bytes(shape.numel() // self.num_examples, self.dtypes[name])
-            for name, shape in self.shapes.items()
-            if self.num_examples in shape
+            name: store.held_bytes(none.shape[1:].numel(), none.dtype)
+            for name, none in self.none().items()
         }
 
 
@@ -252,13 +260,15 @@ class _Outputs:
             num_bytes: How many bytes it holds.
         """
         self._held = held
+        for accumulator in self._accumulators.values():
+            accumulator.start(first)
+        self._room.clear(0)  # Before matrices of other layers come.
         for name in held:
             if name in self._none and name not in self._accumulators and name not in self.missing:
                 features = self._none[name]
                 accumulator = self._store.accumulator(self._num_examples, features, self._room)
+                accumulator.start(first)
                 self._accumulators[name] = accumulator
-        for accumulator in self._accumulators.values():
-            accumulator.start(first)
         self._room.clear(num_bytes)
 
     def start_batch(self, number: int, size: int) -> None:

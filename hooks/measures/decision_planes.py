@@ -146,7 +146,7 @@ class DecisionPlanes(Measure):
         num_classes = 0
         with undisturbed(subject.model), torch.no_grad():
             for points in self._point_batches(device):
-                logits = logits_of(subject.model(points))
+                _, logits = logits_of(subject.model(points))
                 if logits.ndim != 2:
                     raise InvalidInputError(
                         f"decision planes need outputs [examples, classes]; the model gave "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.host_copies import on_host, wait_for_copies
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.probes import call, device_of, undisturbed
@@ -37,7 +38,7 @@ class Predictions(ProbeMeasure):
         """Estimate the bytes of one record, from a run on one example."""
         with undisturbed(subject.model), torch.no_grad():
             inputs, _ = self.probe.rows(slice(0, 1), device_of(subject.model))
-            return self.probe.num_examples * logits_of(call(subject.model, inputs)).nbytes
+            return self.probe.num_examples * logits_of(call(subject.model, inputs))[1].nbytes
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep the outputs."""
@@ -45,30 +46,44 @@ class Predictions(ProbeMeasure):
         if shards is not None:
             parts = collect(agreed(lambda: self._own_logits(subject.model, shards)))
             return Recording() if parts is None else _recording(torch.cat(parts))
+        axes = OutputAxes(self.probe.axes)
         batches = []
-        with undisturbed(subject.model), torch.no_grad():
+        with undisturbed(subject.model) as random_states, torch.no_grad():
             for rows in self.probe.slices():
-                batches.append(on_host(self._logits(subject.model, rows)))
+                random_states.seed(rows.start)
+                batches.append(on_host(self._logits(subject.model, rows, axes)))
         wait_for_copies()
-        logits = torch.cat(batches)
-        return _recording(logits)
+        return _recording(torch.cat(batches))
 
     def _own_logits(self, model: nn.Module, shards: Shards) -> Tensor:
         """Return the outputs for the examples of this rank, on the CPU."""
+        axes = OutputAxes(self.probe.axes)
         found = []
-        with undisturbed(model), torch.no_grad():
+        with undisturbed(model) as random_states, torch.no_grad():
             take_buffers_of_first(model)
             for rows, is_own in shards.batches():
-                logits = self._logits(model, rows).cpu()
+                random_states.seed(rows.start)
+                logits = self._logits(model, rows, axes).cpu()
                 found.append(logits if is_own else logits[:0])
         return torch.cat(found)
 
-    def _logits(self, model: nn.Module, rows: slice) -> Tensor:
-        """Return the outputs for some examples, [examples, …]."""
+    def _logits(self, model: nn.Module, rows: slice, axes: OutputAxes) -> Tensor:
+        """Return the outputs for some examples, [examples, …], in their own memory.
+
+        Raises:
+            InvalidInputError: If they have no row per example.
+        """
         inputs, _ = self.probe.rows(rows, device_of(model))
-        logits = logits_of(call(model, inputs))
-        axis = self.probe.axes.of_output(logits.shape, rows.stop - rows.start)
-        return logits.movedim(axis or 0, 0)
+        path, logits = logits_of(call(model, inputs))
+        num_examples = rows.stop - rows.start
+        axis = axes.of(path, logits.shape, num_examples)
+        if axis is None:
+            raise InvalidInputError(
+                f"the model's outputs {list(logits.shape)} have no row for each of the "
+                f"{num_examples} examples"
+            )
+        # A model may return memory that it uses again in the next batch.
+        return logits.movedim(axis, 0).clone()
 
 
 def _recording(logits: Tensor) -> Recording:
@@ -77,8 +92,8 @@ def _recording(logits: Tensor) -> Recording:
     return Recording([to_log_array(logits, "logits", ("example", *rest))])
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the main tensor of a model's output, [examples, …].
+def logits_of(output: Any) -> tuple[str, Tensor]:
+    """Return the main tensor of a model's output, and the way to it.
 
     Raises:
         InvalidInputError: If there is none.
@@ -86,4 +101,4 @@ def logits_of(output: Any) -> Tensor:
     leaves = tensor_leaves(output)
     if not leaves:
         raise InvalidInputError(f"the model's output ({type(output).__name__}) holds no tensor")
-    return dict(leaves).get("[logits]", leaves[0][1])
+    return next((leaf for leaf in leaves if leaf[0] == "[logits]"), leaves[0])

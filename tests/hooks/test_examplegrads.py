@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sonde.exceptions import InvalidInputError
-from sonde.hooks import Probe, example_gradients
+from sonde.exceptions import InvalidInputError, UnsupportedModelError
+from sonde.hooks import Full, Probe, example_gradients
 from sonde.hooks.gradients import factors as factors_module
 from sonde.hooks.gradients.outer_products import Outer
 from sonde.hooks.losses import Loss
@@ -496,3 +496,47 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
     probe = Probe(torch.randn(5, 4), classes_of(5))
     with pytest.raises(InvalidInputError, match=r"`loss` of one example gave \[1, 3\]"):
         example_gradients(nn.Linear(4, 3), per_class, probe)
+
+
+class Changing(nn.Module):
+    """It changes its inputs [examples, steps, features], and has as many steps as examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.5)
+        hidden = torch.tanh(self.hidden(x.transpose(0, 1)))
+        return torch.as_tensor(self.head(hidden.mean(0)))
+
+
+def test_a_model_that_changes_its_inputs_gets_them_anew_each_time() -> None:
+    torch.manual_seed(0)
+    check(Changing(), torch.randn(9, 9, 6), classes_of(9))
+
+
+def test_parameters_without_elements_have_gradients_without_elements() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.head = nn.Parameter(torch.zeros(0)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.head(x) + self.none.sum())
+
+    result = example_gradients(
+        Empty(), F.cross_entropy, torch.randn(5, 4), classes_of(5), store=Full()
+    )
+    assert result.parameters["none"].shape == (5, 0)
+    assert result.parameters["head.weight"].shape == (5, 3, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_part_is_refused_and_the_model_left_as_it_was() -> None:
+    inner = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+    model = nn.Sequential(torch.jit.script(inner), nn.Linear(6, 3)).train()
+    with pytest.raises(UnsupportedModelError, match="ScriptModule"):
+        example_gradients(model, F.cross_entropy, torch.randn(9, 6), classes_of(9))
+    assert all(module.training for module in model.modules())

@@ -287,3 +287,33 @@ def test_scalars_are_the_latest_values_and_the_learning_rates() -> None:
     values = {array.field: array.values.item() for array in recording.arrays}
     assert values == {"learning_rate": 1.0, "learning_rate_1": 2.0, "loss": 0.5}
     assert list(recording.missing) == ["bad"]
+
+
+class Reusing(nn.Module):
+    """It returns memory that it uses again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("results", torch.zeros(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = self.get_buffer("results")[: len(x)]
+        results[:] = x
+        return results
+
+
+def test_predictions_are_not_overwritten_by_the_next_batch(tmp_path: Path) -> None:
+    x = torch.randn(16, 3, generator=torch.manual_seed(0))
+    measures = [sonde.Predictions(sonde.Probe(x, batch_size=8))]
+    with sonde.Recorder(tmp_path / "run", Reusing(), measures, on_error="raise") as recorder:
+        recorder.measure()
+    logits = sonde.open_run(tmp_path / "run").predictions.array("logits")
+    assert np.array_equal(logits, x.numpy())
+
+
+def test_predictions_without_a_row_per_example_are_refused(tmp_path: Path) -> None:
+    probe = sonde.Probe(torch.randn(4, 5, 3))
+    model = nn.Flatten(0, 1)
+    with sonde.Recorder(tmp_path / "run", model, [sonde.Predictions(probe)]) as recorder:
+        with pytest.warns(UserWarning, match=r"outputs \[20, 3\] have no row for each of the 4"):
+            recorder.measure()

@@ -90,3 +90,30 @@ def test_grams_are_the_same_however_little_memory_there_is(
 def test_a_budget_below_one_byte_is_refused(images: Tensor) -> None:
     with pytest.raises(InvalidInputError, match=r"`memory` \(=0\) must be >= 1, in bytes"):
         sonde.Activations(sonde.Probe(images), memory=0)
+
+
+class Noisy(nn.Module):
+    """It draws random numbers, in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(6, 6), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        return torch.as_tensor(self.last(hidden + torch.randn_like(hidden)))
+
+
+def test_a_model_that_draws_random_numbers_draws_the_same_in_each_pass(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, probe = Noisy(), sonde.Probe(torch.randn(20, 6), batch_size=5)
+    grams = []
+    for memory in (1 << 30, 400):
+        measures = [sonde.Activations(probe, ["last"], memory=memory)]
+        with sonde.Recorder(tmp_path / str(memory), model, measures) as recorder:
+            recorder.measure()
+        grams.append(
+            torch.tensor(sonde.open_run(tmp_path / str(memory)).activations["last"].gram())
+        )
+    torch.testing.assert_close(grams[0], grams[1], rtol=1e-5, atol=1e-5)
+    assert torch.linalg.eigvalsh(grams[1]).min() > -1e-4

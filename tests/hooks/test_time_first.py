@@ -164,6 +164,78 @@ def test_as_many_steps_as_examples_are_refused() -> None:
     assert len(result.norms) == 6
 
 
+def test_where_examples_are_is_found_for_each_axis_anew() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    square, its_targets = torch.randn(4, 4, 4).double(), torch.randn(4, 4, 3).double()
+    x, y = torch.randn(4, 10, 4).double(), torch.randn(4, 10, 3).double()
+    sonde.example_gradients(model, F.mse_loss, Probe(square, its_targets))
+    probe = Probe(x, y, batch_dim=1, batch_size=6)  # The last batch has 4 examples of 4 steps.
+
+    result = sonde.example_gradients(model, F.mse_loss, probe)
+    crossed = sonde.example_gradients(
+        model, F.mse_loss, Probe(square, its_targets), others=Probe(x, y, batch_dim=1, batch_size=6)
+    )
+
+    rows = torch.stack([_gradient(model, x[:, i], y[:, i]) for i in range(10)])
+    others = torch.stack([_gradient(model, square[i], its_targets[i]) for i in range(4)])
+    assert set(result.coverage.values()) == {"exact"}
+    torch.testing.assert_close(result.total, rows @ rows.T)
+    torch.testing.assert_close(crossed.total, others @ rows.T)
+
+
+def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Attending(nn.Module):
+    """Logits [time, examples, classes], and attention [examples, time, time]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.linear(x)
+        scores = torch.einsum("tbi,sbi->bts", hidden, hidden)
+        return {"logits": hidden, "attention": torch.softmax(scores, -1)}
+
+
+def attending_loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    of_logits = F.cross_entropy(outputs["logits"].permute(1, 2, 0), targets.T)
+    return of_logits + outputs["attention"].pow(2).mean()
+
+
+def test_each_output_has_an_axis_of_its_own() -> None:
+    x, y = torch.randn(4, 9, 4), torch.randint(3, (4, 9))
+    model = Attending()
+    expected = sonde.example_gradients(model, attending_loss, Probe(x, y, batch_dim=1))
+    # The last batch has 4 examples of 4 steps.
+    probe = Probe(x, y, batch_dim=1, batch_size=5)
+    result = sonde.example_gradients(model, attending_loss, probe)
+    assert set(result.coverage.values()) == {"exact"}
+    torch.testing.assert_close(result.total, expected.total, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_example_of_a_single_step_has_one_place() -> None:
+    x, y = torch.randn(1, 5, FEATURES), torch.randint(CLASSES, (1, 5))
+    probe = Probe(x, y, batch_dim=1, batch_size=1)
+    result = sonde.example_gradients(Tagger(is_time_first=True), token_loss, probe)
+    assert len(result.norms) == 5
+
+
+def test_a_pair_of_others_is_like_the_first_examples() -> None:
+    x, y = torch.randn(TIME, EXAMPLES, FEATURES), torch.randint(CLASSES, (TIME, EXAMPLES))
+    model = Tagger(is_time_first=True)
+    both = Probe(x, y, batch_dim=1)
+    result = sonde.example_gradients(model, token_loss, both, others=(x[:, :3], y[:, :3]))
+    expected = sonde.example_gradients(model, token_loss, both)
+    assert result.total is not None
+    assert expected.total is not None
+    torch.testing.assert_close(result.total, expected.total[:, :3], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "batch_dim", "message"),
     [
