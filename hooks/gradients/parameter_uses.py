@@ -38,6 +38,8 @@ _ATTENTION = FunctionType(
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 
+_NESTED = (tuple, list, dict)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -382,16 +384,15 @@ class ParameterUses(TorchFunctionMode):
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return the tensors of an argument, however they are nested, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
     found: list[Tensor] = []
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, tuple | list):
-            waiting.extend(reversed(item))
-        elif isinstance(item, dict):
-            waiting.extend(reversed(item.values()))
+    if isinstance(value, _NESTED):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, _NESTED):
+                found += _tensors(item)
     return found
 
 
