@@ -8,12 +8,10 @@ own loss, not divided by the number of examples.
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,51 +19,27 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss
-from sonde.hooks.probes import Inputs, PassingProbe, Probe, device_of, undisturbed
+from sonde.hooks.probes import PassingProbe, Probe, undisturbed
 from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import Selector, layers_of, select_layers
 from sonde.hooks.sharding import gradients_unsynced, let_go_of_gathered
 from sonde.hooks.stores import Full, Gram, Sketch, Store
-from sonde.hooks.taps import tensor_leaves
 
 from .batches import BatchGradients, batch_gradients
 from .checks import differing
 from .factor_sums import joined
 from .factors import Factor
 from .fallback import fallback_gradients
+from .given_examples import GivenExamples
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
 from .owned_parameters import OwnedParameter, owned_parameters
+from .verdicts import Problems, Verdict, verdict_of
 
 EXACT = "exact"
 
-Problems: TypeAlias = dict[str, str]
-"""Why no rule gives the gradients of a parameter, by name; of a model they do not change."""
-
 _Factors: TypeAlias = defaultdict[OwnedParameter, list[Factor]]
-
-
-@dataclass
-class _Verdict:
-    """What was found for batches of some shapes.
-
-    Attributes:
-        checked: The parameters that were checked.
-        choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
-        problems: Why no rule gives the gradients of a parameter.
-        loss: Returns the loss that was used, as long as it is there.
-    """
-
-    loss: Callable[[], Loss | None]
-    checked: set[str] = field(default_factory=set)
-    choices: dict[str, int] = field(default_factory=dict)
-    problems: Problems = field(default_factory=dict)
-
-
-# What was found for a model is not checked again, unless shapes or the loss are others: with as
-# many examples as time steps the batch is another axis, and a loss may use parameters, too.
-_verdicts: WeakKeyDictionary[nn.Module, dict[Hashable, _Verdict]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -204,7 +178,6 @@ class _Evaluation:
         self._random_states = random_states
         self._output_axes = [OutputAxes(probe.axes) for probe in probes]
         self._held = HeldParameters(model)
-        self._verdicts = _verdicts.setdefault(model, {})
         self._problems: Problems = {}
         self._unsupported: Problems = {}
 
@@ -235,15 +208,6 @@ class _Evaluation:
             done = self._pass(remaining, kept)
             remaining = [parameter for parameter in remaining if parameter not in done]
         return kept
-
-    def _verdict(self, examples: _Examples) -> _Verdict:
-        batch_dim = examples.probe.axes.batch_dim
-        key = (examples.num_examples, batch_dim, examples.shapes, id(self._loss))
-        verdict = self._verdicts.get(key)
-        if verdict is None or verdict.loss() is not self._loss:
-            # Another loss may have been made where one was that is gone.
-            verdict = self._verdicts[key] = _Verdict(_reference(self._loss))
-        return verdict
 
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
@@ -297,8 +261,8 @@ class _Evaluation:
         self, at: int, rows: slice, group: Sequence[OwnedParameter]
     ) -> dict[OwnedParameter, Factor]:
         """Compute the gradients of some examples of a probe: by rules, or by the fallback."""
-        examples = _Examples(self._model, self._probes[at], rows, self._random_states)
-        verdict = self._verdict(examples)
+        examples = GivenExamples(self._model, self._probes[at], rows, self._random_states)
+        verdict = verdict_of(self._model, self._loss, examples)
         problems = verdict.problems
         found: dict[OwnedParameter, Factor] = {}
         remaining = [p for p in group if p.name not in problems]
@@ -325,9 +289,9 @@ class _Evaluation:
 
     def _check(
         self,
-        verdict: _Verdict,
+        verdict: Verdict,
         batch: BatchGradients,
-        examples: _Examples,
+        examples: GivenExamples,
         parameters: Sequence[OwnedParameter],
     ) -> list[OwnedParameter]:
         """Note problems; return the parameters whose examples may be at another place."""
@@ -350,7 +314,7 @@ class _Evaluation:
         return again
 
     def _differing(
-        self, examples: _Examples, batch: BatchGradients, parameters: Sequence[OwnedParameter]
+        self, examples: GivenExamples, batch: BatchGradients, parameters: Sequence[OwnedParameter]
     ) -> dict[nn.Parameter, str]:
         start = examples.rows.start
         return differing(
@@ -358,7 +322,7 @@ class _Evaluation:
         )
 
     def _fall_back(
-        self, examples: _Examples, parameters: list[OwnedParameter]
+        self, examples: GivenExamples, parameters: list[OwnedParameter]
     ) -> dict[OwnedParameter, Factor]:
         """Form the gradients of parameters that no rule covers; note what cannot be."""
         tensors = [parameter.tensor for parameter in parameters]
@@ -379,47 +343,11 @@ class _Evaluation:
         return {p: factors[p.tensor] for p in parameters if p.tensor not in differ}
 
 
-class _Examples:
-    """Some examples of a probe, which a model may change in place when it is given them.
-
-    Args:
-        model: The model they are for.
-        probe: The probe.
-        rows: Which of them.
-        random_states: Seeded alike whenever they are given.
-    """
-
-    def __init__(
-        self, model: nn.Module, probe: Probe, rows: slice, random_states: RandomStates
-    ) -> None:
-        self.probe = probe
-        self.rows = rows
-        self.num_examples = rows.stop - rows.start
-        self._device = device_of(model)
-        self._random_states = random_states
-        self._next: tuple[Inputs, Tensor | None] | None = probe.rows(rows, self._device)
-        self.shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(self._next[0]))
-
-    def take(self) -> tuple[Inputs, Tensor | None]:
-        """Return (inputs, targets), never the same tensors twice."""
-        taken, self._next = self._next or self.probe.rows(self.rows, self._device), None
-        self._random_states.seed(self.rows.start)
-        return taken
-
-
 def _products(factors: list[Factor]) -> tuple[Tensor, Tensor | None]:
     """Return the inner products of one set of gradients; or between two, and squared norms."""
     if len(factors) > 1:
         return factors[0].cross(factors[1]), factors[0].squared_norms()
     return factors[0].gram(), None
-
-
-def _reference(loss: Loss | None) -> Callable[[], Loss | None]:
-    """Refer to a loss without keeping it, or the model it may hold, alive."""
-    try:
-        return (lambda: None) if loss is None else weakref.ref(loss)
-    except TypeError:  # Not every callable can be referred to.
-        return lambda: loss
 
 
 def _as_probe(inputs: Any, targets: Any, batch_size: int | None) -> Probe:

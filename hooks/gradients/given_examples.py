@@ -1,0 +1,37 @@
+"""Examples as a model is given them, which it may change in place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sonde.hooks.probes import Inputs, Probe, device_of
+from sonde.hooks.random_states import RandomStates
+from sonde.hooks.taps import tensor_leaves
+
+
+class GivenExamples:
+    """Some examples of a probe.
+
+    Args:
+        model: The model they are for.
+        probe: The probe.
+        rows: Which of them.
+        random_states: Seeded alike whenever they are given.
+    """
+
+    def __init__(
+        self, model: nn.Module, probe: Probe, rows: slice, random_states: RandomStates
+    ) -> None:
+        self.probe = probe
+        self.rows = rows
+        self.num_examples = rows.stop - rows.start
+        self._device = device_of(model)
+        self._random_states = random_states
+        self._next: tuple[Inputs, Tensor | None] | None = probe.rows(rows, self._device)
+        self.shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(self._next[0]))
+
+    def take(self) -> tuple[Inputs, Tensor | None]:
+        """Return (inputs, targets), never the same tensors twice."""
+        taken, self._next = self._next or self.probe.rows(self.rows, self._device), None
+        self._random_states.seed(self.rows.start)
+        return taken
