@@ -176,10 +176,11 @@ class ParameterUses(TorchFunctionMode):
             return self._look_inside(args, named)
         given = self._given_before(func, args, named)
         output = func(*args, **named)
-        try:
-            self._look(func, given, named, output)
-        except Exception as error:
-            self.error = error
+        if isinstance(output, (Tensor, *_NESTED)) and not isinstance(output, torch.Size):
+            try:
+                self._look(func, given, named, output)
+            except Exception as error:
+                self.error = error
         return output
 
     def _look_inside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -209,7 +210,8 @@ class ParameterUses(TorchFunctionMode):
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
         tensors = _tensors((args, kwargs))
-        unknown = [t for t in tensors if not self._knows(t)]
+        roots, constants = self._roots, self._constants
+        unknown = [t for t in tensors if id(t) not in roots and id(t) not in constants]
         new = [t for t in unknown if isinstance(t, nn.Parameter)]
         if len(unknown) == len(tensors) > 0 and not new:
             return  # It is of examples alone.
@@ -220,7 +222,7 @@ class ParameterUses(TorchFunctionMode):
         # come before the module has them.
         for tensor in new:
             self._keep(tensor)
-        tracked = [t for t in tensors if id(t) in self._roots]
+        tracked = [t for t in tensors if id(t) in roots]
         is_of_examples = len(unknown) > len(new)
         if not is_of_examples:
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
@@ -230,9 +232,6 @@ class ParameterUses(TorchFunctionMode):
             self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
-
-    def _knows(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._roots or id(tensor) in self._constants
 
     def _keep(
         self, tensor: Tensor, parameters: Mapping[nn.Parameter, nn.Parameter] | None = None
