@@ -8,7 +8,25 @@ import numpy as np
 
 from sonde.log import LogArray
 
-from .training import MicroBatch
+from .training import MicroBatch, TrainingStep
+
+NOTHING_SEEN = "no gradient came back to a forward pass between this step and the next"
+
+
+def micro_batches_of(step: TrainingStep, error: Exception | None) -> list[MicroBatch]:
+    """Return the micro-batches of a step that is over.
+
+    Args:
+        step: The step.
+        error: What went wrong in a hook of the observation.
+
+    Raises:
+        Exception: What went wrong, in the observation or in what follows the step.
+    """
+    error = error or step.error
+    if error is not None:
+        raise error
+    return step.micro_batches
 
 
 def describe_examples(

@@ -16,7 +16,7 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
 from .accumulators import Part
-from .live_examples import describe_examples
+from .live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
 from .measures.base import Observation, Recording
 from .stores import Store
 from .taps import is_recomputing, tapped, tensor_leaves
@@ -84,13 +84,9 @@ class LiveOutputs(Observation):
         Raises:
             Exception: What went wrong in a hook, which never raises into the training.
         """
-        error = self._error or self._step.error
-        if error is not None:
-            raise error
-        micro_batches = self._step.micro_batches
+        micro_batches = micro_batches_of(self._step, self._error)
         if not micro_batches:
-            reason = "no gradient came back to a forward pass between this step and the next"
-            return Recording(missing={"(model)": reason})
+            return Recording(missing={"(model)": NOTHING_SEEN})
         if self._step.axes.problem is not None:
             self._missing["(batch axis)"] = (
                 "only axis 0 of an output is taken for the examples: the model cannot be run on "

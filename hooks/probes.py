@@ -184,7 +184,7 @@ class Probe:
 
     def _common_length(self, inputs: Inputs) -> int:
         tensors = _tensors(inputs)
-        sizes = {tensor.shape[self.axes.of(tensor)] if tensor.ndim else 0 for tensor in tensors}
+        sizes = {self.axes.size_of(tensor) for tensor in tensors}
         if len(sizes) != 1 or 0 in sizes:
             shapes = [tuple(tensor.shape) for tensor in tensors]
             axis = self.axes.batch_dim

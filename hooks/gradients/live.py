@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.live_examples import describe_examples
+from sonde.hooks.live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.select import layers_of
 from sonde.hooks.stores import Full, Gram, Sketch
@@ -137,13 +137,9 @@ class LiveGradients(Observation):
         Raises:
             Exception: What went wrong in a hook, which never raises into the training.
         """
-        error = self._error or self._step.error
-        if error is not None:
-            raise error
-        micro_batches = self._step.micro_batches
+        micro_batches = micro_batches_of(self._step, self._error)
         if not micro_batches:
-            nothing = "no gradient came back to a forward pass between this step and the next"
-            return Recording(missing={"(model)": nothing})
+            return Recording(missing={"(model)": NOTHING_SEEN})
         with torch.no_grad():
             for tensor in list(self._pending):
                 self._settle(tensor)
