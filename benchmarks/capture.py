@@ -14,8 +14,9 @@ it runs in a process of its own, beside a plain forward pass of its own.
 every output with itself by the BLAS of NumPy, which computes half of one, with nothing kept.
 
 Each is measured in turn in every round, in an order that rotates. CPU time (user and system) is of
-all threads of the process, with torch on one thread; printed are medians, and the medians of the
-ratios within a round. The sealing process is stated separately.
+all threads of the process, with torch on one thread; with `--device cuda` it is the time between
+events, so the writer of the log counts where it is waited for. Printed are medians, and the medians
+of the ratios within a round. The sealing process is stated separately.
 
 Run `OMP_NUM_THREADS=1 python benchmarks/capture.py`. The peers are in the dependency group `bench`;
 one that is missing or fails gets a row that says so.
@@ -45,7 +46,7 @@ import torchvision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from turns import PLAIN, Case, Costs, Work, measure
+from turns import PLAIN, Case, Costs, Work, clock_of, measure
 
 import sonde
 
@@ -71,12 +72,13 @@ class Training:
         self.optimizer.step()
 
 
-def make_training(side: int) -> Training:
+def make_training(side: int, device: torch.device) -> Training:
     """Return a ResNet-18 on 32 random images."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10)
+    model = torchvision.models.resnet18(num_classes=10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    return Training(model, optimizer, torch.randn(32, 3, side, side), torch.arange(32) % 10)
+    images, classes = torch.randn(32, 3, side, side), torch.arange(32) % 10
+    return Training(model, optimizer, images.to(device), classes.to(device))
 
 
 @contextmanager
@@ -115,10 +117,11 @@ def watched(training: Training) -> Iterator[Work]:
             run.finish()
 
 
-def make_probe(num_images: int) -> tuple[nn.Module, Tensor]:
+def make_probe(num_images: int, device: torch.device) -> tuple[nn.Module, Tensor]:
     """Return a ResNet-18 in eval mode, and images of 64 × 64."""
     torch.manual_seed(0)
-    return torchvision.models.resnet18(num_classes=10).eval(), torch.randn(num_images, 3, 64, 64)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    return model.to(device), torch.randn(num_images, 3, 64, 64).to(device)
 
 
 @contextmanager
@@ -137,8 +140,9 @@ def multiplied(model: nn.Module, images: Tensor) -> Iterator[Work]:
     """Run the images forward, and multiply the outputs of every layer with themselves."""
 
     def products(_: nn.Module, __: Any, output: Tensor) -> None:
-        rows = output.flatten(1).numpy()
-        rows @ rows.T
+        rows = output.flatten(1)
+        values = rows if rows.is_cuda else rows.numpy()
+        values @ values.T
 
     def work() -> None:
         layers = [module for module in model.modules() if not list(module.children())]
@@ -209,20 +213,20 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure_idle(side: int, num_steps: int) -> Costs:
+def measure_idle(side: int, num_steps: int, device: torch.device) -> Costs:
     """Measure steps of the same training, with and without what is attached but never due."""
     cases: dict[str, Case] = {
-        PLAIN: partial(unwatched, make_training(side)),
-        "plain, again": partial(unwatched, make_training(side)),
-        "sonde.Recorder": partial(recorded, make_training(side)),
-        "wandb.watch": partial(watched, make_training(side)),
+        PLAIN: partial(unwatched, make_training(side, device)),
+        "plain, again": partial(unwatched, make_training(side, device)),
+        "sonde.Recorder": partial(recorded, make_training(side, device)),
+        "wandb.watch": partial(watched, make_training(side, device)),
     }
-    return measure(cases, num_steps)
+    return measure(cases, num_steps, clock_of(device))
 
 
-def measure_due(num_images: int, rounds: int) -> tuple[Costs, float]:
+def measure_due(num_images: int, rounds: int, device: torch.device) -> tuple[Costs, float]:
     """Measure one record of all layers; return also the sealing processes' CPU per record."""
-    model, images = make_probe(num_images)
+    model, images = make_probe(num_images, device)
     cases: dict[str, Case] = {
         PLAIN: partial(forward, model, images),
         "products alone": partial(multiplied, model, images),
@@ -231,23 +235,23 @@ def measure_due(num_images: int, rounds: int) -> tuple[Costs, float]:
         "nnsight": partial(saved_by_nnsight, model, images),
     }
     before = children_seconds()
-    costs = measure(cases, rounds)
+    costs = measure(cases, rounds, clock_of(device))
     return costs, (children_seconds() - before) / (rounds + 1)
 
 
-def measure_torchlens(num_images: int, rounds: int) -> Costs:
+def measure_torchlens(num_images: int, rounds: int, device: torch.device) -> Costs:
     """Measure TorchLens, in a process that should do nothing else."""
-    model, images = make_probe(num_images)
+    model, images = make_probe(num_images, device)
     cases: dict[str, Case] = {
         PLAIN: partial(forward, model, images),
         "TorchLens": partial(saved_by_torchlens, copy.deepcopy(model), images),
     }
-    return measure(cases, rounds)
+    return measure(cases, rounds, clock_of(device))
 
 
-def apart(num_images: int, rounds: int) -> Costs:
+def apart(num_images: int, rounds: int, device: torch.device) -> Costs:
     """Measure TorchLens in another process."""
-    command = [sys.executable, __file__, "--torchlens"]
+    command = [sys.executable, __file__, "--torchlens", "--device", str(device)]
     command += ["--images", str(num_images), "--rounds", str(rounds)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
@@ -268,7 +272,7 @@ def add_rows(table: Table, costs: Costs, notes: Mapping[str, str]) -> None:
 def make_table(title: str) -> Table:
     """Return a table without rows."""
     table = Table("", title=title, min_width=72)
-    table.add_column("CPU, ms", justify="right")
+    table.add_column("ms", justify="right")
     table.add_column("to plain", justify="right")
     table.add_column("")
     return table
@@ -284,20 +288,24 @@ def main() -> None:
     parser.add_argument(
         "--torchlens", action="store_true", help="measure only TorchLens, and print it as JSON"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(arguments.device)
     if arguments.torchlens:
-        costs = measure_torchlens(arguments.images, arguments.rounds)
+        costs = measure_torchlens(arguments.images, arguments.rounds, device)
         print(json.dumps({"seconds": costs.seconds, "failures": costs.failures}))
         return
     side = arguments.side
     idle = make_table(f"idle: a training step of a ResNet-18, 32 images of {side} × {side}")
-    costs = measure_idle(side, arguments.steps)
+    costs = measure_idle(side, arguments.steps, device)
     add_rows(idle, costs, {"sonde.Recorder": "goal: 1.01×"})
     due = make_table(f"due: all layers of a ResNet-18 on {arguments.images} images of 64 × 64")
-    costs, sealing = measure_due(arguments.images, arguments.rounds)
+    costs, sealing = measure_due(arguments.images, arguments.rounds, device)
     add_rows(due, costs, {"sonde, Gram()": "goal: 1.4×"})
-    add_rows(due, apart(arguments.images, arguments.rounds), {PLAIN: "in TorchLens' process"})
+    add_rows(
+        due, apart(arguments.images, arguments.rounds, device), {PLAIN: "in TorchLens' process"}
+    )
     console = Console(width=130)
     console.print(idle)
     console.print(due)

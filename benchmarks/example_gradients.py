@@ -28,7 +28,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -46,9 +46,7 @@ from turns import (
     PLAIN,
     Case,
     Costs,
-    Work,
-    cpu_seconds,
-    cuda_seconds,
+    clock_of,
     keep_freed_memory,
     measure,
 )
@@ -59,7 +57,6 @@ GOALS = {
     "ResNet-18, GroupNorm": "1.7×",
     "ViT-tiny": "1.4×",
 }
-Clock = Callable[[Work], float]
 
 
 def measure_model(name: str, device: torch.device, rounds: int) -> Costs:
@@ -84,11 +81,6 @@ def measure_layers(device: torch.device, rounds: int) -> dict[str, Costs]:
     return found
 
 
-def clock_of(device: torch.device) -> Clock:
-    """Return what measures time on a device."""
-    return cuda_seconds if device.type == "cuda" else cpu_seconds
-
-
 def measure_memory(model: str, contestant: str, device: torch.device) -> float:
     """Return by how many MiB the peak of memory grows while a contestant works once."""
     with CONTESTANTS[contestant](make_subject(model).to(device)) as work:
@@ -103,7 +95,9 @@ def measure_memory(model: str, contestant: str, device: torch.device) -> float:
 
 
 def memory_apart(model: str, contestant: str, device: torch.device) -> float:
-    """Measure memory in a process of its own."""
+    """Measure memory in a process of its own, unless CUDA counts what is allocated."""
+    if device.type == "cuda":
+        return measure_memory(model, contestant, device)
     command = [sys.executable, __file__, "--device", str(device), "--memory", model, contestant]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     growth: float = json.loads(result.stdout.splitlines()[-1])

@@ -68,6 +68,11 @@ def cuda_seconds(work: Work) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def clock_of(device: torch.device) -> Callable[[Work], float]:
+    """Return what measures time on a device."""
+    return cuda_seconds if device.type == "cuda" else cpu_seconds
+
+
 def measure(
     cases: Mapping[str, Case], rounds: int, seconds: Callable[[Work], float] = cpu_seconds
 ) -> Costs:

@@ -16,7 +16,8 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory of the host for copies from a device."""
-    return torch.empty(list(shape), dtype=dtype, pin_memory=device.type == "cuda")
+    is_pinned = device.type == "cuda"
+    return torch.empty(list(shape), dtype=dtype, device="cpu", pin_memory=is_pinned)
 
 
 def start_copy(into: Tensor, values: Tensor) -> None:

@@ -18,6 +18,7 @@ from sonde.log import LogArray
 from .accumulators import Part
 from .live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
 from .measures.base import Observation, Recording
+from .precision import full_precision
 from .stores import Store
 from .taps import is_recomputing, tapped, tensor_leaves
 from .training import MicroBatch, Pass, TrainingStep
@@ -130,7 +131,8 @@ class LiveOutputs(Observation):
                 self._missing[name] = reason
                 continue
             try:
-                arrays.append(self._store.join(found, name))
+                with full_precision():
+                    arrays.append(self._store.join(found, name))
                 self._recorded_shapes[name] = shapes[name]
             except InvalidInputError as error:
                 self._missing[name] = str(error)
@@ -234,7 +236,7 @@ class LiveOutputs(Observation):
         is_held = num_bytes > 0 and key not in self._not_held
         self._free_bytes -= num_bytes * is_held
         # The training's autocast would multiply in half precision.
-        with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False), full_precision():
             self._parts[one][key] = self._store.part(features.detach(), is_held=is_held)
 
     def _let_go(self, key: _Key) -> None:

@@ -94,7 +94,7 @@ class Probe:
                 inputs, targets = dataset.read(slice(None))
             self._inputs = self._hold(inputs)
             self.num_examples = self._common_length(self._inputs)
-        self.targets = None if targets is None else torch.as_tensor(targets).detach().clone()
+        self.targets = None if targets is None else as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
         if self.targets is not None:
             num_targets = self.axes.size_of(self.targets)
@@ -207,7 +207,7 @@ class Probe:
             targets.append(batch_targets)
         joined = None
         if targets[0] is not None:
-            read_targets = [torch.as_tensor(target) for target in targets]
+            read_targets = [as_tensor(target) for target in targets]
             joined = torch.cat(read_targets, self.axes.of(read_targets[0]))
         return joined, f"batches of {self.batch_size}: {_digest_of(digests)}"
 
@@ -322,12 +322,20 @@ def _changeable(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
             yield module.weight
 
 
+def as_tensor(values: Any) -> Tensor:
+    """Return a tensor as it is, and other values as a tensor of the CPU.
+
+    `torch.as_tensor` would bring both to the default device.
+    """
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
-        return {str(name): torch.as_tensor(value).detach() for name, value in inputs.items()}
+        return {str(name): as_tensor(value).detach() for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(torch.as_tensor(value).detach() for value in inputs)
-    return torch.as_tensor(inputs).detach()
+        return tuple(as_tensor(value).detach() for value in inputs)
+    return as_tensor(inputs).detach()
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

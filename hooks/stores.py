@@ -236,8 +236,8 @@ class Sketch(Store):
         """Return the sketches of some examples."""
         batch = as_matrix(features)
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        bucket, sign = _projection(batch.shape[1], self.dim, self.seed)
-        bucket, sign = bucket.to(batch.device), sign.to(batch.device, dtype)
+        bucket, sign = _projection_on(batch.device, batch.shape[1], self.dim, self.seed)
+        sign = sign.to(dtype)
         batch = batch.to(dtype)
         if self.dim > _DENSE_DIM:
             sums = torch.zeros(self.dim, len(batch), dtype=dtype, device=batch.device)
@@ -361,6 +361,15 @@ def _projection(num_features: int, dim: int, seed: int) -> tuple[Tensor, Tensor]
     bucket = torch.from_numpy(((raw >> np.uint64(32)) % np.uint64(dim)).astype(np.int64))
     sign = torch.from_numpy((raw & np.uint64(1)).astype(np.int64) * 2 - 1)
     return bucket, sign
+
+
+@lru_cache(maxsize=32)
+def _projection_on(
+    device: torch.device, num_features: int, dim: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the same on a device."""
+    bucket, sign = _projection(num_features, dim, seed)
+    return bucket.to(device), sign.to(device)
 
 
 @lru_cache(maxsize=32)

@@ -50,7 +50,7 @@ def differing(
         held: What stands for the parameters of the model.
     """
     # Gradients are largest, and rounding matters least, where the loss is.
-    losses = torch.zeros(batch.num_examples) if batch.losses is None else batch.losses
+    losses = torch.zeros(batch.num_examples, device="cpu") if batch.losses is None else batch.losses
     largest = losses.nan_to_num().topk(min(_NUM_CHECKED, batch.num_examples)).indices.tolist()
     tensors = [parameter.tensor for parameter in parameters]
     # With sharded parameters no graph reaches those; the layers' own were seen in the batch.

@@ -51,7 +51,7 @@ class Sum(Factor):
 
     def gram(self) -> Tensor:
         """Return the inner products of the gradients, float64 [n, n], on the CPU."""
-        total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64)
+        total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64, device="cpu")
         for at, part in enumerate(self.parts):
             total += part.gram()
             for other in self.parts[:at]:

@@ -67,7 +67,9 @@ class Factor(ABC):
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
-        total = torch.zeros(self.num_examples, other.num_examples, dtype=torch.float64)
+        total = torch.zeros(
+            self.num_examples, other.num_examples, dtype=torch.float64, device="cpu"
+        )
         for rows, formed in self.blocks():
             for columns, formed_other in other.blocks():
                 total[rows, columns] = (formed @ formed_other.T).double().cpu()

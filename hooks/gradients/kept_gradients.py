@@ -42,7 +42,7 @@ def _formed(store: Full, factor: Factor) -> tuple[Tensor, Tensor]:
         formed = factor.form(slice(0, factor.num_examples)).detach()
         # What is formed already may lie in what autograd goes on with.
         return formed.clone() if isinstance(factor, Dense) else formed, row_squares(formed)
-    values = torch.empty(factor.num_examples, factor.num_parameters, dtype=dtype)
+    values = torch.empty(factor.num_examples, factor.num_parameters, dtype=dtype, device="cpu")
     squares = []
     for rows, formed in factor.blocks():
         squares.append(row_squares(formed))
@@ -123,7 +123,7 @@ class KeptGradients:
     def norms(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the norm of each example's gradient, in all and of each layer, float64."""
         squares = self._squares or {name: of.diagonal() for name, of in self.layers.items()}
-        total = sum(squares.values(), torch.zeros(self._num_examples))
+        total = sum(squares.values(), torch.zeros(self._num_examples, device="cpu"))
         return _root(total), {name: _root(of_layer) for name, of_layer in squares.items()}
 
 

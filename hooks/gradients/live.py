@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sonde.hooks.live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
 from sonde.hooks.measures.base import Observation, Recording
+from sonde.hooks.precision import full_precision
 from sonde.hooks.select import layers_of
 from sonde.hooks.stores import Full, Gram, Sketch
 from sonde.hooks.taps import add_hook, is_recomputing
@@ -38,6 +39,8 @@ from .parameter_uses import Operation, ParameterUses
 # the type of what came back; and relative to the norm of all, where one is zero but for rounding.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
+# On a GPU a float32 gradient may have been multiplied in TF32, which keeps 10 bits.
+_GPU_TOLERANCE = 1e-2
 _ROUNDING = 1e-2
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
@@ -140,9 +143,12 @@ class LiveGradients(Observation):
         micro_batches = micro_batches_of(self._step, self._error)
         if not micro_batches:
             return Recording(missing={"(model)": NOTHING_SEEN})
-        with torch.no_grad():
-            for tensor in list(self._pending):
-                self._settle(tensor)
+        with torch.no_grad(), full_precision():
+            return self._finish(micro_batches)
+
+    def _finish(self, micro_batches: list[MicroBatch]) -> Recording:
+        for tensor in list(self._pending):
+            self._settle(tensor)
         failed = self._failed_checks()
         kept = KeptGradients(sum(one.num_examples for one in micro_batches))
         scales = _scales(micro_batches)
@@ -195,8 +201,10 @@ class LiveGradients(Observation):
             if self._error is None and not self._is_using and self._step.observes():
                 try:
                     # The training's autocast would multiply in half precision.
-                    with torch.no_grad(), torch.autocast(_device_type(args), enabled=False):
-                        function(*args)
+                    device_type = _device_type(args)
+                    with torch.autocast(device_type, enabled=False), full_precision():
+                        with torch.no_grad():
+                            function(*args)
                 except Exception as error:
                     self._error = error
                     self._gradients.clear()
@@ -322,6 +330,8 @@ class LiveGradients(Observation):
             difference = flat.to(wide) - (0 if total is None else total.to(wide))
             lowest = min([flat.dtype, *self._delta_dtypes], key=lambda dtype: dtype.itemsize)
             tolerance = _TOLERANCES.get(lowest, _HALF_TOLERANCE)
+            if flat.is_cuda and lowest == torch.float32:
+                tolerance = _GPU_TOLERANCE
             norm = flat.to(wide).norm()
             found.checks.append(_Check(difference.norm(), norm, tolerance))
 
@@ -396,7 +406,7 @@ def _scales(micro_batches: Sequence[MicroBatch]) -> Tensor:
     for one in micro_batches:
         factor = one.factor()
         value = 1.0 if factor is None else float(factor)
-        parts.append(torch.full((one.num_examples,), value, dtype=torch.float64))
+        parts.append(torch.full((one.num_examples,), value, dtype=torch.float64, device="cpu"))
     return torch.cat(parts)
 
 

@@ -93,7 +93,7 @@ class Outer(Factor):
         o, row_bytes = self.delta.shape[3], self.num_parameters * self.dtype.itemsize
         every = slice(0, self.num_examples)
         width = block_size(-(-self.num_examples * row_bytes // o))
-        total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64)
+        total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64, device="cpu")
         for start in range(0, o, width):
             total += self_product(self._form(every, slice(start, start + width)).flatten(1)).cpu()
         return total

@@ -8,13 +8,14 @@ B examples; G gates of H units; I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .factors import Dense, Factor
@@ -23,6 +24,23 @@ from .outer_products import Outer
 
 Cell: TypeAlias = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
 """(gates of the inputs, gates of the hidden state, states) to the next states; the first is h."""
+
+
+@contextmanager
+def backward_through_recurrent(model: nn.Module) -> Iterator[None]:
+    """Let gradients come back through the recurrent layers of a model in eval mode.
+
+    cuDNN refuses that. Training mode without dropout computes the same, and it does not refuse.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase) and not m.training]
+    dropouts = [layer.dropout for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.dropout = True, 0.0
+        yield
+    finally:
+        for layer, dropout in zip(layers, dropouts, strict=True):
+            layer.training, layer.dropout = False, dropout
 
 
 @dataclass(frozen=True)
@@ -136,7 +154,7 @@ def _sequences(
         return first if unsorted is None else first[unsorted]
 
     inputs = padded(data)
-    batch = torch.arange(inputs.shape[1])
+    batch = torch.arange(inputs.shape[1], device="cpu")
     return _Sequences(
         inputs, (batch < sizes[:, None])[..., None].to(data.device), padded, to_examples
     )

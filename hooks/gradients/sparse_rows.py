@@ -65,7 +65,7 @@ class Rows(Factor):
         used, position = torch.unique(self.rows, return_inverse=True)
         n, _, o = self.values.shape
         width = block_size(n * len(used) * self.dtype.itemsize)
-        total = torch.zeros(n, n, dtype=torch.float64)
+        total = torch.zeros(n, n, dtype=torch.float64, device="cpu")
         for start in range(0, o, width):
             values = self.values[:, :, start : start + width]
             total += self_product(self._sum(position, values, len(used)).flatten(1)).cpu()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.probes import device_of, digest, undisturbed
+from sonde.hooks.probes import as_tensor, device_of, digest, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.log import LogArray
 
@@ -84,8 +84,8 @@ class DecisionPlanes(Measure):
         name: str = "planes",
         when: Schedule | None = None,
     ) -> None:
-        self._inputs = torch.as_tensor(inputs).detach()
-        self._targets = np.asarray(torch.as_tensor(targets).cpu())
+        self._inputs = as_tensor(inputs).detach()
+        self._targets = np.asarray(as_tensor(targets).cpu())
         self._ids = np.arange(len(self._inputs)) if ids is None else np.asarray(ids, np.int64)
         self._triplets = triplets
         self._resolution = resolution

@@ -59,10 +59,11 @@ def loop_gradients(
     found: dict[str, list[Tensor]] = {name: [] for name in named}
     for row in range(len(targets)):
         at = slice(row, row + 1)
-        outputs = call(model, map_inputs(inputs, lambda x: x[at].clone()))  # noqa: B023 # used now
-        gradients = torch.autograd.grad(
-            loss(outputs, targets[at]), list(named.values()), allow_unused=True
-        )
+        with torch.backends.cudnn.flags(enabled=False):  # Its recurrent layers refuse eval mode.
+            outputs = call(model, map_inputs(inputs, lambda x: x[at].clone()))  # noqa: B023 # now
+            gradients = torch.autograd.grad(
+                loss(outputs, targets[at]), list(named.values()), allow_unused=True
+            )
         for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
             dense = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             found[name].append(dense.detach())
@@ -78,6 +79,7 @@ def assert_same_gradients(
     result: ExampleGradientResult, expected: dict[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
     """Each gradient agrees, relative to the norm of its example's gradient over all parameters."""
+    expected = {name: gradients.cpu() for name, gradients in expected.items()}
     norms = rows_of(expected).norm(dim=1)
     assert list(result.parameters) == list(expected)
     for name, gradients in expected.items():
@@ -96,8 +98,8 @@ def assert_same_gram(
 ) -> None:
     """Inner products agree, relative to the norms of the two gradients."""
     assert gram is not None
-    rows = rows_of(expected)
-    columns = rows if others is None else rows_of(others)
+    rows = rows_of(expected).cpu()
+    columns = rows if others is None else rows_of(others).cpu()
     scale = rows.norm(dim=1)[:, None] * columns.norm(dim=1) + 1e-30
     assert gram.shape == scale.shape
     assert float(((gram - rows @ columns.T).abs() / scale).max()) < tolerance
@@ -125,10 +127,18 @@ def check_exact(
     batch_size: int | None = None,
 ) -> None:
     """Every parameter is covered by a rule, formed and as inner products, as the loop has it."""
-    model = model.double().eval()
+    model = model.cpu().double().eval()  # Some tests share a layer.
     inputs = as_double(inputs)
     if targets is None:
         targets = targets_of(model, inputs)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        given = map_inputs(inputs, lambda x: x.to(device))  # noqa: B023 # used now
+        _check_exact(model.to(device), given, loss, targets.to(device), batch_size)
+
+
+def _check_exact(
+    model: nn.Module, inputs: Inputs, loss: Loss, targets: Tensor, batch_size: int | None
+) -> None:
     full = sonde.example_gradients(
         model, loss, inputs, targets, store=sonde.Full(), batch_size=batch_size
     )

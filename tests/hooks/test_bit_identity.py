@@ -28,6 +28,7 @@ import sonde
 from sonde.hooks import TRAINING, Measure, Recording, Subject
 from sonde.hooks.measures.base import ProbeMeasure
 
+from . import devices  # noqa: F401 # It prepares cuBLAS.
 from .models import GPT, CallCount, LSTMClassifier
 
 models = pytest.importorskip("torchvision").models
@@ -66,6 +67,7 @@ class Mode:
     steps_in_autocast: bool = False
     checkpointing: str | None = None
     backend: str | None = None
+    device: str = "cpu"
 
 
 def mlp() -> nn.Module:
@@ -110,6 +112,9 @@ MODES = {
     "checkpoints": Mode(checkpointing="not reentrant"),
     "aot_eager": Mode(backend="aot_eager"),
     "inductor": Mode(backend="inductor"),
+    "GPU": Mode(device="cuda"),
+    "GPU, accumulation": Mode(device="cuda", num_micro_batches=2),
+    "GPU, half precision": Mode(device="cuda", autocast=True),
 }
 
 
@@ -141,7 +146,8 @@ class Trace:
 
     def add(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            bits = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            flat = value.detach().cpu().reshape(-1).contiguous()
+            bits = flat.view(torch.uint8).numpy().tobytes()
             text = f"{value.dtype}{list(value.shape)}".encode() + bits
         elif isinstance(value, dict):
             for key, item in value.items():
@@ -169,7 +175,8 @@ def train(
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    inner = task.build()
+    inner = task.build().to(mode.device)
+    is_on_gpu = mode.device == "cuda"
     if isinstance(inner, GPT):
         inner.checkpointing = mode.checkpointing
     torch._dynamo.reset()
@@ -177,10 +184,15 @@ def train(
     optimizer = make_optimizer(inner.parameters())
     recorder = None if record is None else record(model, optimizer)
     trace = Trace()
-    inputs, targets = task.data()
+    inputs, targets = (tensor.to(mode.device) for tensor in task.data())
+    # It scales losses, and leaves out steps, only where gradients have half precision.
+    scaler = torch.amp.GradScaler(
+        "cuda", init_scale=1024.0, enabled=is_on_gpu and mode.autocast
+    )  # From a larger one the first steps would be left out.
 
     def autocast(*, enabled: bool) -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()
+        dtype = torch.float16 if is_on_gpu else torch.bfloat16
+        return torch.autocast(mode.device, dtype) if enabled else nullcontext()
 
     def outputs_of(batch: Tensor) -> Tensor:
         if mode.checkpointing is None or not batch.is_floating_point():
@@ -200,7 +212,7 @@ def train(
                 loss = task.loss(outputs_of(given), targets[batch]) / len(batches)
             if recorder is not None:
                 recorder.batch(ids=batch, targets=targets[batch], loss=loss)
-            loss.backward()
+            scaler.scale(loss).backward()
             total += loss.item()
         losses.append(total)
         return total
@@ -211,7 +223,12 @@ def train(
             mode.num_micro_batches
         )
         with autocast(enabled=mode.steps_in_autocast):
-            optimizer.step(closure)
+            if scaler.is_enabled():
+                closure()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step(closure)
         trace.add(f"losses of step {step}", losses)
     if recorder is not None:
         recorder.close()
@@ -220,7 +237,10 @@ def train(
     trace.add("optimizer", optimizer.state_dict())
     trace.add("modes", [module.training for module in inner.modules()])
     trace.add("hooks", [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in inner.modules()])
+    trace.add("scaler", scaler.state_dict())
     trace.add("random.torch", torch.get_rng_state())
+    if is_on_gpu:
+        trace.add("random.cuda", torch.cuda.get_rng_state())
     trace.add("random.numpy", [str(part) for part in np.random.get_state()])
     trace.add("random.python", random.getstate())
     return trace
@@ -245,7 +265,10 @@ def cases(*, is_full: bool) -> Iterator[tuple[str, str, str]]:
     """Every task with every optimizer, and with every mode; in full, all with all."""
     slow = itertools.product(["resnet18"], OPTIMIZERS, MODES)
     skipped = set(slow) - {("resnet18", "SGD", "plain"), ("resnet18", "Adam", "autocast")}
-    for case in itertools.product(TASKS, OPTIMIZERS, MODES):
+    on_gpu = [mode for mode, options in MODES.items() if options.device == "cuda"]
+    yield from itertools.product(TASKS, ["Adam"], on_gpu)
+    on_cpu = [mode for mode in MODES if mode not in on_gpu]
+    for case in itertools.product(TASKS, OPTIMIZERS, on_cpu):
         _, optimizer, mode = case
         is_everyday = (mode == "plain" or optimizer == "Adam") and mode != "inductor"
         if is_full or (is_everyday and case not in skipped):
@@ -276,6 +299,16 @@ def inductor() -> None:
         pytest.skip(f"inductor compiles nothing here: {type(error).__name__}: {error}")
 
 
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """Compute the same twice; skip where there is no GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 # What a rule for gradients or a layer lacks is none of this file's business; the second is
 # Dynamo's own look at inputs, with or without a recorder.
 @pytest.mark.filterwarnings("ignore::sonde.exceptions.SondeWarning")
@@ -291,6 +324,8 @@ def test_a_recorded_training_is_bit_identical(
     task, optimizer, mode = case
     if mode == "inductor":
         request.getfixturevalue("inductor")
+    if MODES[mode].device == "cuda":
+        request.getfixturevalue("gpu")
     measures = MEASURES[kind](TASKS[task])
     is_live = any(measure.training is not None for measure in measures)
     trace = recorded(task, optimizer, mode, measures, tmp_path / "run")

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 import sonde
 from sonde.hooks.losses import Loss
 
+from .devices import DEVICES
 from .gradient_loop import (
     as_double,
     assert_same_gradients,
     assert_same_gram,
     kinds,
     loop_gradients,
+    map_inputs,
     num_examples_of,
 )
 from .models import GPT, LSTMClassifier, Mixer
@@ -51,7 +53,8 @@ def words(num: int) -> Callable[[], Tensor]:
 
 
 def token_loss(outputs: Tensor, _: Tensor) -> Tensor:
-    targets = torch.arange(outputs.shape[1]).expand(len(outputs), -1) % outputs.shape[2]
+    targets = torch.arange(outputs.shape[1], device=outputs.device) % outputs.shape[2]
+    targets = targets.expand(len(outputs), -1)
     return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
@@ -138,15 +141,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_every_parameter_of_a_model_is_covered(name: str, is_full: bool) -> None:
+def test_every_parameter_of_a_model_is_covered(name: str, device: str, is_full: bool) -> None:
     case = CASES[name]
-    if case.is_slow and not is_full:
+    if case.is_slow and device == "cpu" and not is_full:
         pytest.skip("takes seconds: run with --full")
     torch.manual_seed(0)
-    model = case.build().double().eval()
-    inputs = as_double(case.inputs())
-    targets = torch.arange(num_examples_of(inputs)) % 5
+    model = case.build().double().eval().to(device)
+    inputs = map_inputs(as_double(case.inputs()), lambda x: x.to(device))
+    targets = torch.arange(num_examples_of(inputs), device=device) % 5
     full = sonde.example_gradients(model, case.loss, inputs, targets, store=sonde.Full())
     assert kinds(full) == {}
     expected = loop_gradients(model, case.loss, inputs, targets)

@@ -173,7 +173,7 @@ class Positions(nn.Module):
         self.is_expanded = is_expanded
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1])
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         if self.is_expanded:
             positions = positions.expand(len(tokens), -1)
         return torch.as_tensor(self.tokens(tokens) + self.positions(positions))

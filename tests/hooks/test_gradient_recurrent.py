@@ -85,7 +85,7 @@ class Cells(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = None
         if self.is_given_state:
-            zeros = torch.ones(len(x), self.cell.hidden_size, dtype=x.dtype)
+            zeros = x.new_ones(len(x), self.cell.hidden_size)
             state = (zeros, zeros) if isinstance(self.cell, nn.LSTMCell) else zeros
         for step in x.unbind(1):
             state = self.cell(step, state)
@@ -136,9 +136,9 @@ class Attending(nn.Module):
         if self.mask == "padding" and key.shape[1] == is_padding.shape[1]:
             masks["key_padding_mask"] = is_padding
         elif self.mask == "bool":
-            masks["attn_mask"] = torch.ones(query.shape[1], key.shape[1]).triu(1).bool()
+            masks["attn_mask"] = query.new_ones(query.shape[1], key.shape[1]).triu(1).bool()
         elif self.mask == "float":
-            masks["attn_mask"] = torch.ones(query.shape[1], key.shape[1], dtype=query.dtype).triu()
+            masks["attn_mask"] = query.new_ones(query.shape[1], key.shape[1]).triu()
         given = [query, key, value]
         if not self.attention.batch_first:
             given = [x.transpose(0, 1) for x in given]

@@ -11,12 +11,7 @@ from torch import nn
 import sonde
 from sonde.hooks.host_copies import empty_on_host, on_host, start_copy, wait_for_copies
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
+from .devices import DEVICES, needs_gpu
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -27,6 +22,22 @@ def test_a_copy_holds_what_was_there_when_it_was_started(device: str, dtype: tor
     copy = empty_on_host(values.shape, dtype, values.device)
     start_copy(copy, values)
     values.zero_()
+    wait_for_copies()
+    assert torch.equal(copy, expected)
+
+
+@needs_gpu
+def test_a_copy_is_started_while_the_device_still_works() -> None:
+    values = torch.randn(1000, 1000, device="cuda")
+    copy = empty_on_host(values.shape, values.dtype, values.device)
+    start_copy(copy, values)
+    wait_for_copies()
+    expected = copy.clone()
+    copy.zero_()
+    torch.cuda._sleep(2_000_000_000)  # Cycles: about a second.
+    start_copy(copy, values)
+    assert not torch.cuda.current_stream().query()
+    assert not copy.any()
     wait_for_copies()
     assert torch.equal(copy, expected)
 
