@@ -15,20 +15,23 @@ class RandomStates:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        generators = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        self._cuda = [(generator, generator.graphsafe_get_state()) for generator in generators]
 
     def seed(self, value: int = 0) -> None:
         """Start from a fixed seed. Not torch.manual_seed, which also seeds a CUDA yet to start."""
         random.seed(value)
         np.random.seed(value)
         torch.default_generator.manual_seed(value)
-        if self._cuda:
-            torch.cuda.manual_seed_all(value)
+        for generator, _ in self._cuda:
+            # Another state in its place: to seed it, or to set its state, would also begin the
+            # dropout of cuDNN's recurrent layers anew, which cannot be read and given back.
+            generator.graphsafe_set_state(torch.Generator(generator.device).manual_seed(value))
 
     def restore(self) -> None:
         """Go back to the states at the start."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        for generator, state in self._cuda:
+            generator.graphsafe_set_state(state)

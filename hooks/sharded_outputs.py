@@ -19,7 +19,6 @@ from sonde.log import LogArray
 from .accumulators import Accumulator, Room
 from .host_copies import wait_for_copies
 from .log_arrays import to_log_array
-from .precision import full_precision
 from .sharding import Shards, collect, each_rank_features
 from .stores import Gram, Store
 
@@ -81,9 +80,7 @@ class _GramRows(Accumulator):
     def result(self, layer: str) -> LogArray:
         own = torch.cat(self._held)
         self._held = []
-        others = each_rank_features(own, self._shards.sizes)
-        with full_precision():
-            columns = [own @ other.T for other in others]
+        columns = [own @ other.T for other in each_rank_features(own, self._shards.sizes)]
         return to_log_array(torch.cat(columns, 1), "gram", ("example", "other_example"), layer)
 
 

@@ -19,7 +19,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss, example_losses
-from sonde.hooks.precision import full_precision
 from sonde.hooks.probes import Inputs, call
 from sonde.hooks.taps import tensor_leaves
 
@@ -106,7 +105,7 @@ def batch_gradients(
     )
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
-    with torch.no_grad(), full_precision(), GatheredValues(model) as values:
+    with torch.no_grad(), GatheredValues(model) as values:
         # From the last to the first, so that what an operation was given is let go of in turn.
         while operations:
             operation = operations.pop()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss
-from sonde.hooks.precision import full_precision
 from sonde.hooks.probes import PassingProbe, Probe, undisturbed
 from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import Selector, layers_of, select_layers
@@ -241,15 +239,13 @@ class _Evaluation:
                     if isinstance(self._store, Gram):
                         factors[at][parameter].append(factor)
                     else:
-                        with full_precision():
-                            reduced = reduced_rows(self._store, parameter.name, factor)
+                        reduced = reduced_rows(self._store, parameter.name, factor)
                         kept.add_rows(self._store, parameter, *reduced, rows.start)
-        with full_precision():
-            for parameter in group:
-                if parameter in factors[0] and parameter.name not in self._unsupported:
-                    kept.add_products(
-                        parameter, *_products([joined(of.pop(parameter)) for of in factors])
-                    )
+        for parameter in group:
+            if parameter in factors[0] and parameter.name not in self._unsupported:
+                kept.add_products(
+                    parameter, *_products([joined(of.pop(parameter)) for of in factors])
+                )
         return group
 
     def _that_fit(
@@ -276,21 +272,15 @@ class _Evaluation:
         found: dict[OwnedParameter, Factor] = {}
         remaining = [p for p in group if p.name not in problems]
         while remaining:
-            is_checked = all(p.name in verdict.checked for p in remaining)
-            # Rounding to TF32 grows from layer to layer, and no error could be told from it.
-            with nullcontext() if is_checked else full_precision():
-                batch = self._by_rules(at, examples, verdict, remaining)
-                found |= {
-                    p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors
-                }
-                remaining = self._check(verdict, batch, examples, remaining)
+            batch = self._by_rules(at, examples, verdict, remaining)
+            found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
+            remaining = self._check(verdict, batch, examples, remaining)
         others = [p for p in group if p.name in problems and p.name not in self._unsupported]
         self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
         for parameter in others:
             found.pop(parameter, None)
         if others:
-            with full_precision():
-                found.update(self._fall_back(examples, others))
+            found.update(self._fall_back(examples, others))
         return found
 
     def _by_rules(

@@ -16,7 +16,6 @@ from sonde.hooks.accumulators import Accumulator, Room
 from sonde.hooks.batch_axes import batch_axis
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
-from sonde.hooks.precision import full_precision
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import select_layers
@@ -350,8 +349,7 @@ class _Outputs:
             self._accumulators.pop(name, None)
             return
         is_held = self._batch in self._held[name]
-        with full_precision():
-            self._accumulators[name].add(features, is_held=is_held)
+        self._accumulators[name].add(features, is_held=is_held)
         self._counts[name] += len(features) * is_held
 
     def _axis(self, name: str, tensor: Tensor) -> int | None:

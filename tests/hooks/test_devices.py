@@ -196,7 +196,7 @@ def test_recurrent_layers_in_eval_mode_keep_their_mode_and_dropout(device: str) 
     again = sonde.example_gradients(model.train(), F.cross_entropy, inputs, targets)
     assert (model.lstm.training, model.lstm.dropout) == (True, 0.2)
     assert set(first.coverage.values()) == {"exact"}
-    assert torch.equal(torch.as_tensor(first.total), torch.as_tensor(again.total))
+    torch.testing.assert_close(first.total, again.total)
 
 
 @needs_gpu
