@@ -6,17 +6,22 @@ pinned memory on a stream of their own; between tensors of the CPU they are plai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Pinned memory is taken from all processes, and torch keeps it: so larger blocks are not pinned.
+_PINNED_BYTES = 1 << 28
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return memory of the host for copies from a device."""
-    is_pinned = device.type == "cuda"
+    is_small = math.prod(shape) * dtype.itemsize <= _PINNED_BYTES
+    is_pinned = device.type == "cuda" and is_small
     return torch.empty(list(shape), dtype=dtype, device="cpu", pin_memory=is_pinned)
 
 

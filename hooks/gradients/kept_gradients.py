@@ -7,6 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from sonde.hooks.host_copies import empty_on_host, start_copy, wait_for_copies
 from sonde.hooks.stores import Full, Sketch
 
 from .factors import Dense, Factor, row_squares
@@ -42,11 +43,13 @@ def _formed(store: Full, factor: Factor) -> tuple[Tensor, Tensor]:
         formed = factor.form(slice(0, factor.num_examples)).detach()
         # What is formed already may lie in what autograd goes on with.
         return formed.clone() if isinstance(factor, Dense) else formed, row_squares(formed)
-    values = torch.empty(factor.num_examples, factor.num_parameters, dtype=dtype, device="cpu")
+    shape = (factor.num_examples, factor.num_parameters)
+    values = empty_on_host(shape, dtype, factor.device)
     squares = []
     for rows, formed in factor.blocks():
         squares.append(row_squares(formed))
-        values[rows] = formed.detach().to("cpu", dtype)
+        start_copy(values[rows], formed.detach())
+    wait_for_copies()
     return values, torch.cat(squares)
 
 
