@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of so few rows, half of their products are not faster than all: measured.
-_FEW = 64
+# Of so few rows, or so few numbers, half of their products are not faster than all: measured.
+_FEW_ROWS = 64
+_FEW_VALUES = 1 << 16
 
 
 def self_product(values: Tensor) -> Tensor:
     """Return the inner products of rows, [n, n]."""
-    if values.device.type != "cpu" or len(values) <= _FEW:
+    is_small = len(values) <= _FEW_ROWS or values.numel() < _FEW_VALUES
+    if values.device.type != "cpu" or is_small:
         return values @ values.T
     # NumPy sees that the result is symmetric, and computes half of it.
     array = values.detach().numpy()

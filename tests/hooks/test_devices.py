@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sonde
 from sonde.hooks import Measure
 from sonde.hooks.precision import full_precision
+from sonde.hooks.random_states import RandomStates
 
 from .conftest import everything
 from .devices import DEVICES, needs_gpu
@@ -86,9 +87,8 @@ def test_precision_is_given_back(precision: str, low_precision: None) -> None:
 @pytest.fixture
 def other_default() -> Iterator[None]:
     """Let tensors without a device be somewhere else than the model."""
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    with torch.device("meta"):
+        yield
 
 
 def test_a_default_device_is_not_where_sonde_works(
@@ -213,3 +213,19 @@ def test_gradients_of_a_model_on_a_gpu_are_those_on_the_cpu() -> None:
     assert ours.total is not None
     assert expected.total is not None
     assert float((ours.total - expected.total).norm() / expected.total.norm()) < 1e-5
+
+
+@needs_gpu
+def test_numbers_drawn_on_a_gpu_are_not_noticed_and_the_same_each_time() -> None:
+    torch.cuda.manual_seed(3)
+    expected = [torch.rand(2, device="cuda") for _ in range(2)]
+    torch.cuda.manual_seed(3)
+    states = RandomStates()
+    drawn = torch.rand(2, device="cuda")
+    states.seed(7)
+    seeded = torch.rand(2, device="cuda")
+    states.seed(7)
+    assert torch.equal(torch.rand(2, device="cuda"), seeded)
+    assert not torch.equal(drawn, seeded)
+    states.restore()
+    assert [torch.equal(torch.rand(2, device="cuda"), one) for one in expected] == [True, True]
