@@ -34,14 +34,7 @@ from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .owned_parameters import OwnedParameter
 from .parameter_uses import Operation, ParameterUses
-
-# How far the sum of per-example gradients may be off the gradient itself, relative to its norm, by
-# the type of what came back; and relative to the norm of all, where one is zero but for rounding.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HALF_TOLERANCE = 5e-2
-# On a GPU a float32 gradient may have been multiplied in TF32, which keeps 10 bits.
-_GPU_TOLERANCE = 1e-2
-_ROUNDING = 1e-2
+from .sum_checks import SumChecks
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
 
@@ -54,15 +47,6 @@ class _Seen:
     micro_batch: MicroBatch
     deltas: list[Tensor | None]
     is_used: bool = False
-
-
-@dataclass
-class _Check:
-    """The sum of per-example gradients beside the gradient, on the device."""
-
-    distance: Tensor
-    norm: Tensor
-    tolerance: float
 
 
 @dataclass
@@ -80,7 +64,6 @@ class _Gradients:
 
     parts: dict[MicroBatch, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     held: dict[MicroBatch, _Held] = field(default_factory=dict)
-    checks: list[_Check] = field(default_factory=list)
 
 
 class LiveGradients(Observation):
@@ -115,6 +98,7 @@ class LiveGradients(Observation):
         self._to_arrays = to_arrays
         self._gradients: dict[nn.Parameter, _Gradients] = defaultdict(_Gradients)
         self._pending: dict[nn.Parameter, list[_Seen]] = defaultdict(list)
+        self._checks = SumChecks()
         self._problems: dict[nn.Parameter, str] = {}
         self._couplings: list[str] = []
         self._delta_dtypes: set[torch.dtype] = set()
@@ -149,7 +133,7 @@ class LiveGradients(Observation):
     def _finish(self, micro_batches: list[MicroBatch]) -> Recording:
         for tensor in list(self._pending):
             self._settle(tensor)
-        failed = self._failed_checks()
+        failed = self._checks.failed()
         kept = KeptGradients(sum(one.num_examples for one in micro_batches))
         scales = _scales(micro_batches)
         coverage = {name: "frozen" for p in self._frozen for name in p.names}
@@ -173,17 +157,7 @@ class LiveGradients(Observation):
         )
 
     def _attributes(self) -> dict[str, Any]:
-        checks = [check for found in self._gradients.values() for check in found.checks]
-        attributes: dict[str, Any] = {}
-        if checks:
-            total = sum(float(check.norm) ** 2 for check in checks) ** 0.5
-            worst = max(float(check.distance) for check in checks)
-            attributes["sum_check"] = {
-                "parameters": len({t for t, found in self._gradients.items() if found.checks}),
-                "largest_difference": worst / total if total else worst,
-            }
-        else:
-            attributes["sum_check"] = "no gradient of a parameter was seen"
+        attributes: dict[str, Any] = {"sum_check": self._checks.describe()}
         if self._couplings:
             attributes["coupled"] = (
                 f"{self._couplings[0]} couple the examples: a row is the contribution of its "
@@ -325,15 +299,7 @@ class LiveGradients(Observation):
                 total = factor.sum() if total is None else total + factor.sum()
             found.held[micro_batch] = self._hold(self._parameters[tensor], factor)
         if gradient is not None and tensor not in self._problems:
-            flat = gradient.detach().to_dense().flatten()
-            wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
-            difference = flat.to(wide) - (0 if total is None else total.to(wide))
-            lowest = min([flat.dtype, *self._delta_dtypes], key=lambda dtype: dtype.itemsize)
-            tolerance = _TOLERANCES.get(lowest, _HALF_TOLERANCE)
-            if flat.is_cuda and lowest == torch.float32:
-                tolerance = _GPU_TOLERANCE
-            norm = flat.to(wide).norm()
-            found.checks.append(_Check(difference.norm(), norm, tolerance))
+            self._checks.add(tensor, gradient, total, self._delta_dtypes)
 
     def _hold(self, parameter: OwnedParameter, factor: Factor) -> _Held:
         if not isinstance(self._store, Gram):
@@ -380,24 +346,6 @@ class LiveGradients(Observation):
             kept.add_rows(self._store, parameter, values, one.squares * rows**2, start)
             start += len(one.values)
         return None
-
-    def _failed_checks(self) -> dict[nn.Parameter, str]:
-        """Return which parameters' gradients do not add up, and by how much."""
-        squares = [
-            float(check.norm) ** 2 for found in self._gradients.values() for check in found.checks
-        ]
-        total = sum(squares) ** 0.5
-        failed = {}
-        for tensor, found in self._gradients.items():
-            for check in found.checks:
-                distance, norm = float(check.distance), float(check.norm)
-                allowed = check.tolerance * (norm + _ROUNDING * total)
-                if not distance <= allowed and norm == norm:
-                    failed[tensor] = (
-                        f"the per-example gradients do not add up to the gradient: the difference "
-                        f"has {distance / norm if norm else distance:.2g} of its norm"
-                    )
-        return failed
 
 
 def _scales(micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -1,0 +1,95 @@
+"""Sums of the per-example gradients of a step, held against the gradients of the training."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# How far a sum may be off the gradient, relative to its norm, by the type of what came back; and
+# relative to the norm of all, where one is zero but for rounding.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_TOLERANCE = 5e-2
+# On a GPU a float32 gradient may have been multiplied in TF32, which keeps 10 bits.
+_GPU_TOLERANCE = 1e-2
+_ROUNDING = 1e-2
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A comparison, on the device: nothing waits for it before all are read."""
+
+    distance: Tensor
+    norm: Tensor
+    tolerance: float
+
+
+class SumChecks:
+    """The comparisons of a step."""
+
+    def __init__(self) -> None:
+        self._checks: dict[nn.Parameter, list[_Check]] = defaultdict(list)
+
+    def add(
+        self,
+        parameter: nn.Parameter,
+        gradient: Tensor,
+        total: Tensor | None,
+        dtypes: Collection[torch.dtype],
+    ) -> None:
+        """Compare the gradient of a parameter, as it arrives, with the sum over examples.
+
+        Args:
+            parameter: The parameter.
+            gradient: Its gradient.
+            total: The sum, flattened; None is zero.
+            dtypes: The types of the gradients that made it.
+        """
+        flat = gradient.detach().to_dense().flatten()
+        wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+        difference = flat.to(wide) - (0 if total is None else total.to(wide))
+        lowest = min([flat.dtype, *dtypes], key=lambda dtype: dtype.itemsize)
+        tolerance = _TOLERANCES.get(lowest, _HALF_TOLERANCE)
+        if flat.is_cuda and lowest == torch.float32:
+            tolerance = _GPU_TOLERANCE
+        norm = flat.to(wide).norm()
+        self._checks[parameter].append(_Check(difference.norm(), norm, tolerance))
+
+    def failed(self) -> dict[nn.Parameter, str]:
+        """Return which parameters' gradients do not add up, and by how much."""
+        total = self._total()
+        failed = {}
+        for parameter, check in self._each():
+            distance, norm = float(check.distance), float(check.norm)
+            allowed = check.tolerance * (norm + _ROUNDING * total)
+            # Where the training has diverged both are no numbers, and nothing can be compared.
+            if not distance <= allowed and norm == norm:
+                failed[parameter] = (
+                    "the per-example gradients do not add up to the gradient: the difference "
+                    f"has {distance / norm if norm else distance:.2g} of its norm"
+                )
+        return failed
+
+    def describe(self) -> dict[str, float] | str:
+        """Return what a record says of them."""
+        if not self._checks:
+            return "no gradient of a parameter was seen"
+        total = self._total()
+        worst = max(float(check.distance) for _, check in self._each())
+        return {
+            "parameters": len(self._checks),
+            "largest_difference": worst / total if total else worst,
+        }
+
+    def _total(self) -> float:
+        """Return the norm of all gradients."""
+        return math.sqrt(sum(float(check.norm) ** 2 for _, check in self._each()))
+
+    def _each(self) -> Iterator[tuple[nn.Parameter, _Check]]:
+        for parameter, checks in self._checks.items():
+            for check in checks:
+                yield parameter, check
