@@ -52,10 +52,14 @@ class BatchAxes:
 
     Args:
         batch_dim: The axis of the model's inputs that holds the examples.
+
+    Attributes:
+        batch_dim: The same.
+        problem: Why no run on fewer examples has shown the axes.
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
-        self._batch_dim = batch_dim
+        self.batch_dim = batch_dim
         self._small_size = 0
         self._small_shapes: dict[str, tuple[int, ...]] = {}
         self._axes: dict[str, int] = {}  # As batches larger than the small one have shown.
@@ -71,8 +75,8 @@ class BatchAxes:
     def size_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """Return the number of examples in the model's arguments."""
         for _, tensor in tensor_leaves([*args, *kwargs.values()]):
-            if tensor.ndim > self._batch_dim:
-                return tensor.shape[self._batch_dim]
+            if tensor.ndim > self.batch_dim:
+                return tensor.shape[self.batch_dim]
         return None
 
     def give_up(self, problem: str) -> None:
@@ -100,7 +104,7 @@ class BatchAxes:
         rows = self._small_size
 
         def shorten(tensor: Tensor) -> Tensor:
-            dim = self._batch_dim
+            dim = self.batch_dim
             if tensor.ndim > dim and tensor.shape[dim] == size:
                 tensor = tensor.narrow(dim, 0, rows)
             return tensor.detach().clone()
@@ -133,11 +137,6 @@ class BatchAxes:
         if axis is not None and size != self._small_size:
             self._axes[name] = axis
         return axis
-
-    def is_time_first(self, name: str) -> bool:
-        """Tell whether the examples are on axis 1 of what a layer gives back, and not on axis 0."""
-        shape = self._small_shapes.get(name, ())
-        return len(shape) > 1 and shape[0] != self._small_size == shape[1]
 
 
 def _is_plain(value: Any) -> bool:

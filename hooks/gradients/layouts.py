@@ -54,7 +54,7 @@ class Place(Enum):
 
 # Sizes alone may not tell the place: which one goes first where the batch is first, where time is,
 # and where rows are windows of examples or of steps.
-ORDERS = (
+ORDERS: tuple[tuple[Place, ...], ...] = (
     (Place.FIRST, Place.SECOND, Place.OUTER, Place.INNER),
     (Place.SECOND, Place.INNER, Place.FIRST, Place.OUTER),
     (Place.OUTER, Place.FIRST, Place.SECOND, Place.INNER),

@@ -9,7 +9,7 @@ against it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sonde.hooks.live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.precision import full_precision
-from sonde.hooks.select import layers_of
+from sonde.hooks.sharding import has_sharded_parameters
 from sonde.hooks.stores import Full, Gram, Sketch
 from sonde.hooks.taps import add_hook, is_recomputing
 from sonde.hooks.training import MicroBatch, TrainingStep
@@ -35,6 +35,7 @@ from .kept_gradients import KeptGradients, reduced_rows
 from .owned_parameters import OwnedParameter
 from .parameter_uses import Operation, ParameterUses
 from .sum_checks import SumChecks
+from .traced_places import Places, TraceError, places_seen
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
 
@@ -106,8 +107,7 @@ class LiveGradients(Observation):
         self._depth = 0
         self._is_using = False
         self._uses: ParameterUses | None = None
-        owners = {parameter.layer for parameter in self._parameters.values()}
-        step.axes.watch({name: m for name, m in layers_of(model).items() if name in owners})
+        self._untraced: str | None = None
         self._stack = ExitStack()
         self._stack.callback(add_hook(model, self._enter, is_before=True))
         self._stack.callback(add_hook(model, self._leave, is_last=True))
@@ -186,7 +186,7 @@ class LiveGradients(Observation):
 
         return call
 
-    def _enter(self, *_: Any) -> None:
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._depth += 1
         if self._depth > 1 or self._error is not None or not self._step.observes():
             return
@@ -200,17 +200,29 @@ class LiveGradients(Observation):
                     self._problems[tensor] = "the number of examples is not known"
                 return
             take = partial(self._take, one.micro_batch)
-            axes = self._step.axes
-            # Where sizes do not tell, a run on fewer examples has told.
-            choices = {
-                tensor: int(axes.is_time_first(parameter.layer))
-                for tensor, parameter in self._parameters.items()
-            }
-            uses = ParameterUses(self._model, self._parameters, take, size, self._held, choices)
+            places = self._places(args, kwargs, size)
+            uses = ParameterUses(
+                self._model, self._parameters, take, size, self._held, places=places
+            )
             uses.__enter__()
             self._uses = uses
         except Exception as error:
             self._error = error
+
+    def _places(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> Places | None:
+        """Return where examples are, as a run on a few has shown; None if that is not possible."""
+        self._untraced = self._step.axes.problem
+        if self._untraced is not None or size < 2:
+            return None
+        self._step.is_paused = True
+        try:
+            batch_dim = self._step.axes.batch_dim
+            return places_seen(self._model, self._parameters, args, kwargs, size, batch_dim)
+        except TraceError as reason:
+            self._untraced = str(reason)
+            return None
+        finally:
+            self._step.is_paused = False
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
@@ -221,10 +233,13 @@ class LiveGradients(Observation):
         self._error = self._error or uses.error
         for tensor, reason in uses.problems.items():
             self._problems.setdefault(tensor, reason)
-        if self._step.axes.problem is not None:
+        if self._untraced is not None:
             # The sum of wrong per-example gradients is right as well, so nothing else would tell.
             for tensor in uses.undecided:
                 reason = "two axes have the size of the batch; take another batch size"
+                self._problems.setdefault(tensor, reason)
+            for tensor in () if has_sharded_parameters(self._model) else uses.unordered:
+                reason = f"it is not known which of several rows are whose, as {self._untraced}"
                 self._problems.setdefault(tensor, reason)
         self._couplings += uses.couplings
 

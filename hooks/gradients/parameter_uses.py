@@ -9,7 +9,7 @@ says how the gradient with respect to the output makes the per-example gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -25,7 +25,7 @@ from sonde.hooks.taps import add_hook
 
 from .factors import Factor
 from .held_parameters import HeldParameters
-from .layouts import Deltas, Layout, Place, UnsupportedError, reason_of
+from .layouts import ORDERS, Deltas, Layout, Place, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
 from .replayed_rule import replayed
 from .rules import RULES
@@ -69,12 +69,14 @@ class Operation:
         shapes: The shapes of its outputs, which themselves are not kept.
         uses: The parameters it uses.
         inputs: What it was given beside them, each with its version at that time.
+        places: Where the examples may be, by sizes; None where its arguments tell it.
     """
 
     name: str
     shapes: list[torch.Size]
     uses: list[Use]
     inputs: list[tuple[Tensor, int]]
+    places: list[Place] | None = None
 
     @property
     def is_gathered(self) -> bool:
@@ -102,10 +104,12 @@ class ParameterUses(TorchFunctionMode):
         num_examples: The number of examples of a forward pass.
         held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
+        places: Where they have been seen to be, by parameter; None where nobody has looked.
 
     Attributes:
         ambiguous: The parameters for which sizes do not tell where the examples are.
         undecided: Those of them where two axes have their number, such as steps and examples.
+        unordered: Those where each example has several rows, together or in turn.
         problems: Why uses could not be reported, by parameter.
         without_gradients: The parameters that were used where no graph is made.
         couplings: What makes the gradients of an example depend on the others.
@@ -120,6 +124,7 @@ class ParameterUses(TorchFunctionMode):
         num_examples: int,
         held: HeldParameters,
         choices: Mapping[nn.Parameter, int] | None = None,
+        places: Mapping[nn.Parameter, Collection[Place]] | None = None,
     ) -> None:
         super().__init__()
         self._held = held
@@ -128,8 +133,10 @@ class ParameterUses(TorchFunctionMode):
         self._on_operation = on_operation
         self.num_examples = num_examples
         self._choices = {} if choices is None else choices
+        self._places = places
         self.ambiguous: set[nn.Parameter] = set()
         self.undecided: set[nn.Parameter] = set()
+        self.unordered: set[nn.Parameter] = set()
         self.problems: dict[nn.Parameter, str] = {}
         self.without_gradients: set[nn.Parameter] = set()
         self.couplings: list[str] = []
@@ -263,6 +270,8 @@ class ParameterUses(TorchFunctionMode):
         if not wanted or not any(out.requires_grad for out in outputs):
             return
         name = getattr(func, "__name__", str(func))
+        rule = RULES.get(func)
+        is_placed = rule is None or rule.is_placed
         try:
             layout = Layout(
                 self.num_examples,
@@ -273,7 +282,7 @@ class ParameterUses(TorchFunctionMode):
                 are_apart=len({out.grad_fn for out in outputs}) > 1,
             )
             uses: list[Use] = []
-            for choice, of_choice in self._by_choice(layout, wanted):
+            for choice, of_choice in self._by_choice(name, layout, wanted, is_placed=is_placed):
                 chosen = replace(layout, choice=choice) if choice else layout
                 uses += self._uses(func, args, kwargs, chosen, of_choice)
         except Exception as error:  # Whatever a rule makes of a call, it is the reason.
@@ -284,28 +293,50 @@ class ParameterUses(TorchFunctionMode):
                 for parameter in self._roots[id(tensor)]:
                     self.problems.setdefault(parameter, reason)
             return
+        if not uses:
+            return
         versions = [(t, t._version) for t in others if t.is_floating_point()]
         is_in_place = name.endswith("_")
         shapes = [out.shape for out in outputs]
-        operation = Operation(name, shapes, uses, [] if is_in_place else versions)
-        self._on_operation(operation, outputs)
+        inputs = [] if is_in_place else versions
+        places = layout.places if is_placed else None
+        self._on_operation(Operation(name, shapes, uses, inputs, places), outputs)
 
     def _by_choice(
-        self, layout: Layout, wanted: Mapping[int, Tensor]
+        self, name: str, layout: Layout, wanted: Mapping[int, Tensor], *, is_placed: bool
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
         """Yield the tensors for which the examples are taken to be at the same place."""
         if len(layout.places) > 1:
             parameters = {p for key in wanted for p in self._roots[key]}
             self.ambiguous |= parameters
-            if {Place.FIRST, Place.SECOND} <= set(layout.places):
+            if is_placed and {Place.FIRST, Place.SECOND} <= set(layout.places):
                 self.undecided |= parameters
+            if is_placed and Place.OUTER in layout.places:
+                self.unordered |= parameters
         tensors: dict[int, dict[int, Tensor]] = {}
         for key, tensor in wanted.items():
-            choice = 0
+            choice: int | None = 0
             if self._choices:
                 choice = max(self._choices.get(parameter, 0) for parameter in self._roots[key])
-            tensors.setdefault(choice, {})[key] = tensor
+            if self._places is not None and is_placed and layout.places:
+                choice = self._seen_choice(name, layout, self._roots[key].keys() & self._wanted)
+            if choice is not None:
+                tensors.setdefault(choice, {})[key] = tensor
         yield from tensors.items()
+
+    def _seen_choice(
+        self, name: str, layout: Layout, parameters: Collection[nn.Parameter]
+    ) -> int | None:
+        """Return the order whose first place is where the examples were seen to be."""
+        assert self._places is not None  # Or there is nothing to choose by.
+        seen = [self._places.get(parameter, ()) for parameter in parameters]
+        fitting = [place for place in layout.places if all(place in places for places in seen)]
+        if len(fitting) == 1:
+            return next(at for at, order in enumerate(ORDERS) if order[0] is fitting[0])
+        reason = f"{name}: it is not known which rows of its output {list(layout.shape)} are whose"
+        for parameter in parameters:
+            self.problems.setdefault(parameter, reason)
+        return None
 
     def _uses(
         self,

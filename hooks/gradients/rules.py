@@ -60,10 +60,12 @@ class Rule:
     Attributes:
         weights: (layout, *arguments of the function) to the parameters among them.
         is_last_word: What it refuses is not evaluated for each example by itself either.
+        is_placed: The layout tells it where the examples are; else the function's arguments do.
     """
 
     weights: Callable[..., list[Weight]]
     is_last_word: bool = False
+    is_placed: bool = True
 
     def __call__(self, layout: Layout, *args: Any, **kwargs: Any) -> list[Weight]:
         """Return the parameters among the arguments of a call."""
@@ -301,10 +303,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     torch.cat: Rule(_cat),
     torch.concat: Rule(_cat),
     torch.concatenate: Rule(_cat),
-    torch.lstm: Rule(lstm, is_last_word=True),
-    torch.gru: Rule(gru, is_last_word=True),
-    torch.rnn_tanh: Rule(rnn_tanh, is_last_word=True),
-    torch.rnn_relu: Rule(rnn_relu, is_last_word=True),
+    torch.lstm: Rule(lstm, is_last_word=True, is_placed=False),
+    torch.gru: Rule(gru, is_last_word=True, is_placed=False),
+    torch.rnn_tanh: Rule(rnn_tanh, is_last_word=True, is_placed=False),
+    torch.rnn_relu: Rule(rnn_relu, is_last_word=True, is_placed=False),
     torch.lstm_cell: Rule(lstm_cell, is_last_word=True),
     torch.gru_cell: Rule(gru_cell, is_last_word=True),
     torch.rnn_tanh_cell: Rule(rnn_cell_tanh, is_last_word=True),
