@@ -8,13 +8,14 @@ import numpy as np
 
 from sonde.log import LogArray
 
+from .measures.base import Recording
 from .training import MicroBatch, TrainingStep
 
-NOTHING_SEEN = "no gradient came back to a forward pass between this step and the next"
+_NOTHING_SEEN = "no gradient came back to a forward pass between this step and the next"
 
 
 def micro_batches_of(step: TrainingStep, error: Exception | None) -> list[MicroBatch]:
-    """Return the micro-batches of a step that is over.
+    """Return the micro-batches of a step that is over; none where nothing can be recorded of it.
 
     Args:
         step: The step.
@@ -26,7 +27,12 @@ def micro_batches_of(step: TrainingStep, error: Exception | None) -> list[MicroB
     error = error or step.error
     if error is not None:
         raise error
-    return step.micro_batches
+    return [] if step.mismatch is not None else step.micro_batches
+
+
+def nothing_of(step: TrainingStep) -> Recording:
+    """Return what is recorded of a step without micro-batches: why there is nothing."""
+    return Recording(missing={"(model)": step.mismatch or _NOTHING_SEEN})
 
 
 def describe_examples(

@@ -16,7 +16,7 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
 from .accumulators import Part
-from .live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
+from .live_examples import describe_examples, micro_batches_of, nothing_of
 from .measures.base import Observation, Recording
 from .precision import full_precision
 from .stores import Store
@@ -87,7 +87,7 @@ class LiveOutputs(Observation):
         """
         micro_batches = micro_batches_of(self._step, self._error)
         if not micro_batches:
-            return Recording(missing={"(model)": NOTHING_SEEN})
+            return nothing_of(self._step)
         if self._step.axes.problem is not None:
             self._missing["(batch axis)"] = (
                 "only axis 0 of an output is taken for the examples: the model cannot be run on "

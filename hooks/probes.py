@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -21,6 +21,7 @@ from sonde.log import LogArray
 
 from .datasets import DatasetRows
 from .example_axes import ExampleAxes
+from .model_states import ModelState
 from .precision import full_precision
 from .random_states import RandomStates
 from .sharding import Shards, is_distributed, let_go_of_gathered, shards_of
@@ -265,19 +266,10 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
     Yields:
         What seeds again, so that an example gets the same numbers however often a model is run.
     """
-    modes = {module: module.training for module in model.modules()}
-    # A ScriptModule binds no new tensor to a buffer's name.
-    eager = [module for module in modes if not isinstance(module, torch.jit.ScriptModule)]
-    slots = {module: dict(module._buffers) for module in eager}
-    # Not only buffers: an embedding with max_norm rescales its weight in the forward pass.
-    kept = {tensor: tensor.detach().clone() for tensor in _changeable(modes)}
-    versions = {tensor: tensor._version for tensor in kept}
+    state = ModelState(model)
     random_states = RandomStates()
     try:
-        # Not model.eval(), which a model may override with side effects.
-        for module, mode in modes.items():
-            if mode:
-                module.training = False
+        state.evaluate()
         random_states.seed()
         with (
             torch.autocast(device_of(model).type, enabled=False),
@@ -289,17 +281,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
     finally:
         random_states.restore()
         let_go_of_gathered(model)
-        for module, mode in modes.items():
-            if module.training is not mode:
-                module.training = mode
-        for module, buffers in slots.items():
-            # A module may bind a new tensor to a buffer's name, instead of changing it.
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, copy in kept.items():
-                if tensor._version != versions[tensor]:
-                    # Through .data, as a graph of the user's may have saved this tensor.
-                    tensor.data.copy_(copy)
+        state.restore()
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
@@ -320,13 +302,6 @@ def _layer_by_layer() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_enabled)
-
-
-def _changeable(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            yield module.weight
 
 
 def as_tensor(values: Any) -> Tensor:

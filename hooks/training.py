@@ -121,6 +121,7 @@ class TrainingStep:
     Attributes:
         axes: The same.
         error: What went wrong in a hook, which never raises into the training.
+        mismatch: Why nothing can be recorded of the step: what the loop told does not fit.
         num_late_passes: The number of passes left out as the weights had changed.
         is_paused: What runs now is no pass of the training, but a measure of ours.
     """
@@ -139,6 +140,7 @@ class TrainingStep:
         self._versions = self._parameter_versions()
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
+        self.mismatch: str | None = None
         self.num_late_passes = 0
         self.is_paused = False
         self._stack = ExitStack()
@@ -230,8 +232,14 @@ class TrainingStep:
 
     def _attach(self, micro_batch: MicroBatch, batch: Batch) -> None:
         micro_batch.batch = batch
-        if batch.num_examples is not None:
-            micro_batch.size = batch.num_examples
+        told, size = batch.num_examples, micro_batch.size
+        if told is not None and micro_batch.passes and size not in (None, told):
+            # What was seen of them is divided among as many examples as they seemed to have.
+            self.mismatch = (
+                f"{told} examples were named of a pass over {size}; name one for each of its rows"
+            )
+        elif told is not None:
+            micro_batch.size = told
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:

@@ -34,7 +34,7 @@ from .given_examples import GivenExamples
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
-from .owned_parameters import OwnedParameter, owned_parameters
+from .owned_parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from .recurrent_rules import backward_through_recurrent
 from .verdicts import Problems, Verdict, verdict_of
 
@@ -191,10 +191,10 @@ class _Evaluation:
         result = ExampleGradientResult()
         trained = []
         for parameter in parameters:
-            if parameter.tensor.requires_grad:
+            if parameter.excluded is None:
                 trained.append(parameter)
             else:
-                result.coverage.update(dict.fromkeys(parameter.names, "frozen"))
+                result.coverage.update(dict.fromkeys(parameter.names, parameter.excluded))
         kept = self._kept_of(trained)
         while kept.added & self._unsupported.keys():
             # What turned out only in a later batch is in the sums already.
@@ -216,7 +216,7 @@ class _Evaluation:
 
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
-            return f"unsupported: {self._unsupported[parameter.name]}"
+            return f"{UNSUPPORTED}{self._unsupported[parameter.name]}"
         if parameter.name in self._problems:
             return f"fallback: {self._problems[parameter.name]}"
         return EXACT

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.live_examples import NOTHING_SEEN, describe_examples, micro_batches_of
+from sonde.hooks.live_examples import describe_examples, micro_batches_of, nothing_of
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.precision import full_precision
 from sonde.hooks.sharding import has_sharded_parameters
@@ -32,7 +32,7 @@ from .factor_sums import joined, summed
 from .factors import Factor
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
-from .owned_parameters import OwnedParameter
+from .owned_parameters import UNSUPPORTED, OwnedParameter
 from .parameter_uses import Operation, ParameterUses
 from .sum_checks import SumChecks
 from .traced_places import Places, TraceError, places_seen
@@ -90,10 +90,10 @@ class LiveGradients(Observation):
     ) -> None:
         self._step = step
         self._model = model
-        self._parameters = {p.tensor: p for p in parameters if p.tensor.requires_grad}
+        self._parameters = {p.tensor: p for p in parameters if p.excluded is None}
         self._held = HeldParameters(model)
         self._settling: set[nn.Parameter] = set()
-        self._frozen = [p for p in parameters if not p.tensor.requires_grad]
+        self._excluded = {p: p.excluded for p in parameters if p.excluded is not None}
         self._store = store
         self._free_bytes = memory
         self._to_arrays = to_arrays
@@ -126,7 +126,7 @@ class LiveGradients(Observation):
         """
         micro_batches = micro_batches_of(self._step, self._error)
         if not micro_batches:
-            return Recording(missing={"(model)": NOTHING_SEEN})
+            return nothing_of(self._step)
         with torch.no_grad(), full_precision():
             return self._finish(micro_batches)
 
@@ -136,15 +136,19 @@ class LiveGradients(Observation):
         failed = self._checks.failed()
         kept = KeptGradients(sum(one.num_examples for one in micro_batches))
         scales = _scales(micro_batches)
-        coverage = {name: "frozen" for p in self._frozen for name in p.names}
-        missing: dict[str, str] = {}
+        coverage = {name: why for p, why in self._excluded.items() for name in p.names}
+        missing = {
+            parameter.name: why.removeprefix(UNSUPPORTED)
+            for parameter, why in self._excluded.items()
+            if why.startswith(UNSUPPORTED)
+        }
         for tensor, parameter in self._parameters.items():
             reason: str | None = self._problems.get(tensor) or failed.get(tensor)
             if reason is None:
                 reason = self._add(kept, parameter, micro_batches, scales)
             if reason is not None:
                 missing[parameter.name] = reason
-            verdict = "exact" if reason is None else f"unsupported: {reason}"
+            verdict = "exact" if reason is None else f"{UNSUPPORTED}{reason}"
             coverage.update(dict.fromkeys(parameter.names, verdict))
         examples, attributes = describe_examples(micro_batches, of_gradients=True)
         attributes |= self._attributes()

@@ -10,6 +10,9 @@ from torch import nn
 
 from sonde.hooks.select import layers_of
 
+UNSUPPORTED = "unsupported: "
+"""How coverage of a parameter begins that has no gradients; what follows is why."""
+
 
 @dataclass(frozen=True, eq=False)
 class OwnedParameter:
@@ -32,6 +35,17 @@ class OwnedParameter:
     def name(self) -> str:
         """Its first name."""
         return self.names[0]
+
+    @property
+    def excluded(self) -> str | None:
+        """Why it has no gradients, as coverage says it; None if it may have some."""
+        if not self.tensor.requires_grad:
+            return "frozen"
+        if self.tensor.is_complex():
+            return (
+                f"{UNSUPPORTED}it is complex; keep it real, and make it complex by view_as_complex"
+            )
+        return None
 
     @property
     def layer(self) -> str:

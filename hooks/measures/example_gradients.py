@@ -12,7 +12,11 @@ from sonde.exceptions import InvalidInputError
 from sonde.hooks.gradients.examplegrads import check_store, example_gradients
 from sonde.hooks.gradients.kept_gradients import KeptGradients
 from sonde.hooks.gradients.live import LiveGradients
-from sonde.hooks.gradients.owned_parameters import OwnedParameter, owned_parameters
+from sonde.hooks.gradients.owned_parameters import (
+    UNSUPPORTED,
+    OwnedParameter,
+    owned_parameters,
+)
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.losses import Loss
 from sonde.hooks.probes import Probe
@@ -142,9 +146,9 @@ class ExampleGradients(LayerMeasure):
             memory=self.memory,
         )
         missing = {
-            name: coverage.removeprefix("unsupported: ")
+            name: coverage.removeprefix(UNSUPPORTED)
             for name, coverage in result.coverage.items()
-            if coverage.startswith("unsupported")
+            if coverage.startswith(UNSUPPORTED)
         }
         if not result.layer_norms:
             raise InvalidInputError(f"no parameter has per-example gradients: {missing}")

@@ -1,0 +1,117 @@
+"""What a pass of sonde's may change of a model is put back, or named."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sonde
+
+
+class Stateful(nn.Module):
+    """Keeps states of its own, in ways that are no buffers, and computes with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+        self.torch_generator = torch.Generator().manual_seed(0)
+        self.numpy_generator = np.random.default_rng(0)
+        self.python_generator = random.Random(0)
+        self.average = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.torch_generator)
+        scale = self.numpy_generator.random() + self.python_generator.random()
+        y = self.mix(x + 0.1 * scale * noise)
+        self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
+        self.latest: Tensor = y.detach()
+        return torch.as_tensor(y + self.average)
+
+
+class Codebook(nn.Module):
+    """Moves a frozen parameter in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+        self.codes = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x)
+        nearest = torch.cdist(y, self.codes).argmin(1)
+        with torch.no_grad():
+            self.codes[nearest] = 0.9 * self.codes[nearest] + 0.1 * y
+        return torch.as_tensor(y + self.codes[nearest])
+
+
+INPUTS = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.arange(8) % 4
+MEASURES: dict[str, Any] = {
+    "nothing": lambda: [],
+    "on a probe": lambda: [
+        sonde.Activations(sonde.Probe(INPUTS)),
+        sonde.ExampleGradients(sonde.Probe(INPUTS, TARGETS), F.cross_entropy),
+    ],
+    "in band": lambda: [
+        sonde.Activations(sonde.TRAINING),
+        sonde.ExampleGradients(sonde.TRAINING),
+    ],
+}
+
+
+def trained(path: Path, model: Stateful, measures: list[sonde.hooks.Measure]) -> Stateful:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    recorder = None
+    if measures:
+        recorder = sonde.Recorder(path, model, measures, when=sonde.every(1))
+        recorder.attach(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(INPUTS), TARGETS).backward()
+        optimizer.step()
+    if recorder is not None:
+        recorder.close()
+    return model
+
+
+# Its own noise differs for an example alone, so that it has no gradients of its own.
+@pytest.mark.filterwarnings("ignore::sonde.exceptions.SondeWarning")
+@pytest.mark.parametrize("kind", ["on a probe", "in band"])
+def test_states_that_are_no_buffers_are_put_back(kind: str, tmp_path: Path) -> None:
+    found = []
+    for name in ("nothing", kind):
+        torch.manual_seed(0)
+        found.append(trained(tmp_path / name, Stateful(), MEASURES[name]()))
+    alone, recorded = found
+    assert torch.equal(alone.mix.weight, recorded.mix.weight)
+    assert torch.equal(alone.average, recorded.average)
+    assert torch.equal(alone.latest, recorded.latest)
+    assert alone.torch_generator.get_state().equal(recorded.torch_generator.get_state())
+    assert alone.numpy_generator.random() == recorded.numpy_generator.random()
+    assert alone.python_generator.random() == recorded.python_generator.random()
+
+
+def test_attributes_that_a_pass_makes_are_gone_after_it() -> None:
+    model = Stateful()
+    sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert not hasattr(model, "latest")
+
+
+def test_a_parameter_that_passes_change_is_named_once_and_put_back_from_then_on() -> None:
+    torch.manual_seed(0)
+    model = Codebook()
+    with pytest.warns(sonde.SondeWarning, match="changed `codes` of Codebook in place"):
+        sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    before = model.codes.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert torch.equal(model.codes, before)
