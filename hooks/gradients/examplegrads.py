@@ -22,7 +22,11 @@ from sonde.hooks.losses import Loss
 from sonde.hooks.probes import PassingProbe, Probe, undisturbed
 from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import Selector, layers_of, select_layers
-from sonde.hooks.sharding import gradients_unsynced, let_go_of_gathered
+from sonde.hooks.sharding import (
+    gradients_unsynced,
+    has_sharded_parameters,
+    let_go_of_gathered,
+)
 from sonde.hooks.stores import Full, Gram, Sketch, Store
 
 from .batches import BatchGradients, batch_gradients
@@ -36,6 +40,7 @@ from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
 from .owned_parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from .recurrent_rules import backward_through_recurrent
+from .traced_places import NUM_TRACED, TraceError, places_seen
 from .verdicts import Problems, Verdict, verdict_of
 
 EXACT = "exact"
@@ -268,6 +273,10 @@ class _Evaluation:
         """Compute the gradients of some examples of a probe: by rules, or by the fallback."""
         examples = GivenExamples(self._model, self._probes[at], rows, self._random_states)
         verdict = verdict_of(self._model, self._loss, examples)
+        untraced = [p for p in group if p.name not in verdict.traced]
+        if untraced:
+            verdict.problems |= self._routed(examples, untraced)
+            verdict.traced |= {parameter.name for parameter in untraced}
         problems = verdict.problems
         found: dict[OwnedParameter, Factor] = {}
         remaining = [p for p in group if p.name not in problems]
@@ -282,6 +291,28 @@ class _Evaluation:
         if others:
             found.update(self._fall_back(examples, others))
         return found
+
+    def _routed(self, examples: GivenExamples, parameters: list[OwnedParameter]) -> Problems:
+        """Return the parameters of whose rows it depends on the examples which are whose.
+
+        The next batch of the same shape may have them in another order.
+        """
+        number = min(examples.num_examples, NUM_TRACED + 1)
+        if number < 2 or has_sharded_parameters(self._model):
+            return {}
+        inputs = examples.first(number)
+        args = (
+            inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+        )
+        kwargs = inputs if isinstance(inputs, dict) else {}
+        tensors = [parameter.tensor for parameter in parameters]
+        batch_dim = examples.probe.axes.batch_dim
+        try:
+            places = places_seen(self._model, tensors, args, kwargs, number, batch_dim)
+        except TraceError:
+            return {}
+        reason = "it depends on the examples which of its rows are whose"
+        return {p.name: reason for p in parameters if not places.get(p.tensor, True)}
 
     def _by_rules(
         self,

@@ -30,6 +30,11 @@ class GivenExamples:
         self._next: tuple[Inputs, Tensor | None] | None = probe.rows(rows, self._device)
         self.shapes = tuple((name, leaf.shape) for name, leaf in tensor_leaves(self._next[0]))
 
+    def first(self, number: int) -> Inputs:
+        """Return the inputs of the first of them."""
+        rows = slice(self.rows.start, min(self.rows.start + number, self.rows.stop))
+        return self.probe.rows(rows, self._device)[0]
+
     def take(self) -> tuple[Inputs, Tensor | None]:
         """Return (inputs, targets), never the same tensors twice."""
         taken, self._next = self._next or self.probe.rows(self.rows, self._device), None

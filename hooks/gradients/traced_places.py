@@ -29,7 +29,7 @@ Places: TypeAlias = Mapping[nn.Parameter, Collection[Place]]
 """Where the examples may be in what operations make of a parameter; nowhere, if it is empty."""
 
 # How many examples are exchanged, in turn.
-_NUM_TRACED = 3
+NUM_TRACED = 3
 # A row has changed if it did by this part of what the most changed one did: rounding may differ.
 _CHANGED = 1e-4
 
@@ -108,7 +108,7 @@ def traced_places(
     held = [tensor for _, tensor in tensor_leaves(given) if _is_held(tensor, size, batch_dim)]
     if not held:
         raise TraceError(f"nothing it is called with has the {size} examples along one axis")
-    num = min(size, _NUM_TRACED)
+    num = min(size, NUM_TRACED)
 
     def run(exchanged: int | None) -> dict[nn.Parameter, _Uses]:
         def some(tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _few(tensor: Tensor, size: int, batch_dim: int) -> Tensor:
     """Return the first examples, where a tensor holds them."""
     if not _is_held(tensor, size, batch_dim):
         return tensor.detach()
-    return tensor.detach().narrow(batch_dim, 0, min(size, _NUM_TRACED))
+    return tensor.detach().narrow(batch_dim, 0, min(size, NUM_TRACED))
 
 
 def _is_held(tensor: Tensor, size: int, batch_dim: int) -> bool:

@@ -26,6 +26,7 @@ class Verdict:
     """What was found for batches of some shapes.
 
     Attributes:
+        traced: The parameters whose rows were traced.
         checked: The parameters that were checked.
         choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
         problems: Why no rule gives the gradients of a parameter.
@@ -33,6 +34,7 @@ class Verdict:
     """
 
     loss: Callable[[], Loss | None]
+    traced: set[str] = field(default_factory=set)
     checked: set[str] = field(default_factory=set)
     choices: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(default_factory=dict)

@@ -397,7 +397,7 @@ class Checkpointed(nn.Module):
         (Odd(), "turned.weight", "exact"),
         (TimeFirst(), "mix.weight", "exact"),
         (TiedByFunction(), "embedding.weight", "exact"),
-        (Sorting(), "mix.weight", "fallback: the gradient of one example alone differs"),
+        (Sorting(), "mix.weight", "fallback: it depends on the examples which of its rows"),
         (Coupled(), "conv.weight", "fallback: the gradient of one example alone differs: batch"),
         (CalledTwoWays(), "mix.weight", "exact"),
         (Checkpointed(), "mix.weight", "unsupported: it ran without gradients: under no_grad"),
