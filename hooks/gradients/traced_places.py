@@ -30,12 +30,18 @@ Places: TypeAlias = Mapping[nn.Parameter, Collection[Place]]
 
 # How many examples are exchanged, in turn.
 NUM_TRACED = 3
+_NUM_COMPARED = 16
+_NUM_KEPT = 64
 # A row has changed if it did by this part of what the most changed one did: rounding may differ.
 _CHANGED = 1e-4
 
 
 class TraceError(Exception):
     """A model cannot be traced; the text says why."""
+
+
+class AlikeError(TraceError):
+    """The examples of a batch are alike, so that to exchange them shows nothing."""
 
 
 _seen: WeakKeyDictionary[nn.Module, dict[Hashable, Places | TraceError]] = WeakKeyDictionary()
@@ -60,6 +66,7 @@ def places_seen(
     """Return the places that were traced before for such examples, or trace them.
 
     Raises:
+        AlikeError: If the examples of this batch are alike.
         TraceError: If that is not possible.
     """
     shapes = tuple(
@@ -69,8 +76,12 @@ def places_seen(
     key = (batch_dim, shapes, frozenset(id(parameter) for parameter in wanted))
     seen = _seen.setdefault(model, {})
     if key not in seen:
+        if len(seen) >= _NUM_KEPT:  # Batches of sequences may have a shape of their own each.
+            seen.pop(next(iter(seen)))
         try:
             seen[key] = traced_places(model, wanted, args, kwargs, size, batch_dim)
+        except AlikeError:  # Those of the next batch may not be.
+            raise
         except TraceError as error:
             seen[key] = error
     found = seen[key]
@@ -101,6 +112,7 @@ def traced_places(
         The places by parameter.
 
     Raises:
+        AlikeError: If the examples are alike.
         TraceError: If nothing it is called with holds the examples, it fails on a few of them, or
             it couples them, so that all rows change.
     """
@@ -109,14 +121,14 @@ def traced_places(
     if not held:
         raise TraceError(f"nothing it is called with has the {size} examples along one axis")
     num = min(size, NUM_TRACED)
+    stand_ins = [_unlike(held, example, batch_dim) for example in range(num)]
 
     def run(exchanged: int | None) -> dict[nn.Parameter, _Uses]:
         def some(tensor: Tensor) -> Tensor:
             few = _few(tensor, size, batch_dim).clone()
             if exchanged is not None and _is_held(tensor, size, batch_dim):
-                # One that is not there, if the batch has one more.
-                other = num if size > num else (exchanged + 1) % num
-                few.select(batch_dim, exchanged).copy_(tensor.detach().select(batch_dim, other))
+                other = tensor.detach().select(batch_dim, stand_ins[exchanged])
+                few.select(batch_dim, exchanged).copy_(other)
             return few
 
         few_args, few_kwargs = map_tensors(args, some), map_tensors(dict(kwargs), some)
@@ -133,6 +145,20 @@ def traced_places(
         parameter: _common(uses, [one.get(parameter) for one in others])
         for parameter, uses in base.items()
     }
+
+
+def _unlike(held: Sequence[Tensor], example: int, batch_dim: int) -> int:
+    """Return another example that differs from one; from the end, so that it is none of the first.
+
+    Raises:
+        AlikeError: If a few of them are no others; most batches have no two that are alike.
+    """
+    size = held[0].shape[batch_dim]
+    for other in reversed(range(max(0, size - _NUM_COMPARED), size)):
+        pairs = [(t.select(batch_dim, example), t.select(batch_dim, other)) for t in held]
+        if not all(torch.equal(one, another) for one, another in pairs):
+            return other
+    raise AlikeError("its examples are alike")
 
 
 def _few(tensor: Tensor, size: int, batch_dim: int) -> Tensor:

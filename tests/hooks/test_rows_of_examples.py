@@ -171,6 +171,20 @@ def test_rows_that_are_not_known_to_be_whose_are_refused(
     assert_own_rows(run, model, inputs, targets)
 
 
+def test_examples_that_are_alike_show_nothing_but_the_next_batch_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tokens(2, is_time_major=False)
+    inputs, targets = torch.randn(N, STEPS, WIDTH), torch.arange(N) % CLASSES
+    alike = inputs[:1].expand(N, -1, -1).clone()
+    with pytest.warns(sonde.SondeWarning, match="its examples are alike"):
+        run = record(tmp_path / "alike", model, alike, targets)
+    assert coverage_of(run)["out.weight"] == "exact"
+    assert coverage_of(run)["mix.weight"] != "exact"
+    run = record(tmp_path / "next", model, inputs, targets)
+    assert set(coverage_of(run).values()) == {"exact"}
+    assert_own_rows(run, model, inputs, targets)
+
+
 def test_a_layer_may_see_examples_in_two_ways(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
