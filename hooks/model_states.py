@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sonde.exceptions import SondeWarning
@@ -19,7 +20,8 @@ _Generator: TypeAlias = torch.Generator | np.random.Generator | random.Random
 # Tensors that a pass was seen to change in place, beside buffers: only these are copied ahead.
 _changing = WeakTensorKeyDictionary()
 
-_are_states: dict[type, bool] = {}
+# What every module has beside what its class gives it: hooks, parameters, buffers, modules.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class _Watched(NamedTuple):
@@ -28,86 +30,90 @@ class _Watched(NamedTuple):
     module: nn.Module
     name: str
     tensor: Tensor
-    version: int
+    version: int | None
 
 
 class ModelState:
     """What a pass may change, as it is now.
 
-    Modes, buffers, generators and tensors that modules hold are put back. A parameter, or another
-    tensor, that is changed in place cannot be, the first time: a warning names it, and from then
-    on it is copied ahead.
+    Modes, buffers, generators and whatever else modules hold by name are put back; so is what is
+    in their lists, dicts and sets, but not what other objects hold. A parameter, or another tensor,
+    that is changed in place cannot be, the first time: a warning names it, and from then on it is
+    copied ahead.
 
     Args:
         model: The model; no forward pass of it may be under way.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modes = {module: module.training for module in model.modules()}
-        # A ScriptModule binds no new tensor to a name.
-        eager = [m for m in self._modes if not isinstance(m, torch.jit.ScriptModule)]
-        self._buffers = {module: dict(module._buffers) for module in eager}
-        self._attributes: dict[nn.Module, dict[str, Tensor]] = {}
-        self._sizes: dict[nn.Module, int] = {}
+        modules = list(model.modules())
+        # A ScriptModule binds nothing new to a name, and a lazy one becomes another for good.
+        others = (torch.jit.ScriptModule, LazyModuleMixin)
+        self._modes = {module: module.training for module in modules}
+        self._names = {m: dict(vars(m)) for m in modules if not isinstance(m, others)}
+        self._buffers = {module: dict(module._buffers) for module in self._names}
+        self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[_Generator, Any]] = []
-        for module in eager:
-            own = {n: value for n, value in vars(module).items() if _is_state(type(value))}
-            self._sizes[module] = len(vars(module))
-            self._attributes[module] = {n: v for n, v in own.items() if isinstance(v, Tensor)}
-            self._generators += [
-                (value, _state_of(value)) for value in own.values() if not isinstance(value, Tensor)
-            ]
-        self._watched = [
-            _Watched(module, name, tensor, tensor._version)
-            for module in self._modes
-            for tensors in (module._parameters, self._attributes.get(module, {}))
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
+        self._watched: list[_Watched] = []
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                self._watch(module, name, parameter)
+        for module, names in self._names.items():
+            for name in names.keys() - _OF_EVERY_MODULE:
+                self._take(module, name, names[name])
         self._copies = {
-            tensor: (tensor._version, tensor.detach().clone()) for tensor in self._changeable()
+            tensor: (_version_of(tensor), tensor.detach().clone())
+            for tensor in self._changeable(modules)
         }
 
     def evaluate(self) -> None:
         """Put all modules into eval mode. Not by `eval`, which a model may override."""
         for module, mode in self._modes.items():
-            if mode:
-                self._set_mode(module, False)
+            if mode and module in self._names and "training" in self._names[module]:
+                vars(module)["training"] = False  # A module's own way looks for parameters first.
+            elif mode:
+                module.training = False
 
     def restore(self) -> None:
         """Put back what has changed."""
+        for module, names in self._names.items():
+            own = vars(module)
+            for name in own.keys() - names.keys():
+                del own[name]
+            own.update(names)
+            # A module may bind a new tensor to a buffer's name, instead of changing it.
+            module._buffers.update(self._buffers[module])
         for module, mode in self._modes.items():
             if module.training is not mode:
-                self._set_mode(module, mode)
-        for module, buffers in self._buffers.items():
-            # A module may bind a new tensor to a buffer's name, instead of changing it.
-            module._buffers.update(buffers)
+                module.training = mode
+        for container, content in self._contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
         for generator, state in self._generators:
             _set_state(generator, state)
-        for module, tensors in self._attributes.items():
-            own = vars(module)
-            if len(own) != self._sizes[module]:
-                new = [n for n, v in own.items() if isinstance(v, Tensor) and n not in tensors]
-                for name in new:
-                    del own[name]
-            own.update(tensors)
         with torch.no_grad():
             for tensor, (version, copy) in self._copies.items():
-                if tensor._version != version:
+                if _version_of(tensor) != version:
                     # Through .data, as a graph of the user's may have saved this tensor.
                     tensor.data.copy_(copy)
         self._warn_of_changed()  # Last, as it may raise.
 
-    def _set_mode(self, module: nn.Module, mode: bool) -> None:
-        own = vars(module)
-        if module in self._buffers and "training" in own:
-            own["training"] = mode  # A module's own way looks for parameters first, in Python.
-        else:
-            module.training = mode
+    def _watch(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            self._watched.append(_Watched(module, name, tensor, _version_of(tensor)))
 
-    def _changeable(self) -> Iterator[Tensor]:
+    def _take(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note what an attribute holds, where passes may change that."""
+        if isinstance(value, Tensor):
+            self._watch(module, name, value)
+        elif isinstance(value, _Generator):
+            self._generators.append((value, _state_of(value)))
+        elif type(value) in (list, dict, set):
+            self._contents.append((value, value.copy()))
+
+    def _changeable(self, modules: list[nn.Module]) -> Iterator[Tensor]:
         """Yield what passes change in place."""
-        for module in self._modes:
+        for module in modules:
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
             # An embedding with max_norm rescales its weight.
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
@@ -117,7 +123,7 @@ class ModelState:
 
     def _warn_of_changed(self) -> None:
         for module, name, tensor, version in self._watched:
-            if tensor._version == version or tensor in self._copies:
+            if _version_of(tensor) == version or tensor in self._copies:
                 continue
             _changing[tensor] = True
             warnings.warn(
@@ -129,12 +135,9 @@ class ModelState:
             )
 
 
-def _is_state(kind: type) -> bool:
-    """Tell whether attributes of a type are states that passes may change."""
-    if kind not in _are_states:  # Subclass checks take longer than all the rest.
-        kinds = (Tensor, torch.Generator, np.random.Generator, random.Random)
-        _are_states[kind] = issubclass(kind, kinds)
-    return _are_states[kind]
+def _version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place; an inference tensor does not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _state_of(generator: _Generator) -> Any:
