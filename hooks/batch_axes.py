@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .probes import undisturbed
+from .precision import as_outside
+from .probes import device_of, undisturbed
 from .sharding import has_sharded_parameters
 from .taps import map_tensors, tapped, tensor_leaves
 
@@ -113,11 +114,13 @@ class BatchAxes:
             for suffix, tensor in tensor_leaves(output):
                 self._small_shapes[f"{name}{suffix}"] = tuple(tensor.shape)
 
+        autocast = as_outside(device_of(model).type)
         try:
             with (
                 warnings.catch_warnings(),
                 undisturbed(model),
                 torch.no_grad(),
+                autocast,
                 tapped(self._layers, on_call),
             ):
                 warnings.simplefilter("ignore")  # The model's own come with its next pass.

@@ -59,3 +59,16 @@ def full_precision() -> Iterator[None]:
     finally:
         for setting, value in before:
             setting.set(value)
+
+
+def as_outside(device_type: str) -> torch.autocast:
+    """Return what brings autocast back to what it is now, where it is switched off meanwhile.
+
+    What it casts is not kept: of a pass without gradients it would have none in the next one.
+    """
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )

@@ -105,6 +105,7 @@ class ParameterUses(TorchFunctionMode):
         held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
         places: Where they have been seen to be, by parameter; None where nobody has looked.
+        needs_graph: Report only operations that gradients can come back to.
 
     Attributes:
         ambiguous: The parameters for which sizes do not tell where the examples are.
@@ -125,6 +126,8 @@ class ParameterUses(TorchFunctionMode):
         held: HeldParameters,
         choices: Mapping[nn.Parameter, int] | None = None,
         places: Mapping[nn.Parameter, Collection[Place]] | None = None,
+        *,
+        needs_graph: bool = True,
     ) -> None:
         super().__init__()
         self._held = held
@@ -134,6 +137,7 @@ class ParameterUses(TorchFunctionMode):
         self.num_examples = num_examples
         self._choices = {} if choices is None else choices
         self._places = places
+        self._needs_graph = needs_graph
         self.ambiguous: set[nn.Parameter] = set()
         self.undecided: set[nn.Parameter] = set()
         self.unordered: set[nn.Parameter] = set()
@@ -235,7 +239,7 @@ class ParameterUses(TorchFunctionMode):
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
             for out in outputs:
                 self._keep(out, parameters)
-        elif tracked and torch.is_grad_enabled():
+        elif tracked and (torch.is_grad_enabled() or not self._needs_graph):
             self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
@@ -245,7 +249,7 @@ class ParameterUses(TorchFunctionMode):
     ) -> None:
         """Remember what a tensor is computed from."""
         self._kept.append(tensor)
-        if not tensor.requires_grad:
+        if not tensor.requires_grad and (self._needs_graph or not parameters):
             self._constants.add(id(tensor))
         elif parameters is None and isinstance(tensor, nn.Parameter):
             self._roots[id(tensor)] = {self._held.owner_of(tensor): tensor}
@@ -267,7 +271,7 @@ class ParameterUses(TorchFunctionMode):
             for t in tensors
             if id(t) in self._roots and not self._wanted.isdisjoint(self._roots[id(t)])
         }
-        if not wanted or not any(out.requires_grad for out in outputs):
+        if not wanted or (self._needs_graph and not any(out.requires_grad for out in outputs)):
             return
         name = getattr(func, "__name__", str(func))
         rule = RULES.get(func)
@@ -329,7 +333,10 @@ class ParameterUses(TorchFunctionMode):
     ) -> int | None:
         """Return the order whose first place is where the examples were seen to be."""
         assert self._places is not None  # Or there is nothing to choose by.
-        seen = [self._places.get(parameter, ()) for parameter in parameters]
+        # What was not used by a few examples, in eval mode, may be an expert's, of a row each by
+        # chance; experts see no maps or sequences.
+        unseen = [Place.FIRST] if layout.places == [Place.FIRST] and len(layout.shape) > 2 else []
+        seen = [self._places.get(parameter, unseen) for parameter in parameters]
         fitting = [place for place in layout.places if all(place in places for places in seen)]
         if len(fitting) == 1:
             return next(at for at, order in enumerate(ORDERS) if order[0] is fitting[0])
@@ -390,7 +397,7 @@ class ParameterUses(TorchFunctionMode):
         owners = {p: self._held.owner_of(p) for p in module.parameters() if p.requires_grad}
         parameters = [owner for owner in owners.values() if owner in self._wanted]
         held = {owner: self._held.held_for(owner) for owner in parameters}
-        if not parameters or not torch.is_grad_enabled():
+        if not parameters or (self._needs_graph and not torch.is_grad_enabled()):
             return
         if not isinstance(given, Tensor) or not isinstance(output, Tensor):
             for parameter in parameters:

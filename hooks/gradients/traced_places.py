@@ -11,13 +11,15 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.precision import as_outside
 from sonde.hooks.probes import undisturbed
 from sonde.hooks.taps import map_tensors, tensor_leaves
 
@@ -28,7 +30,8 @@ from .parameter_uses import Operation, ParameterUses
 Places: TypeAlias = Mapping[nn.Parameter, Collection[Place]]
 """Where the examples may be in what operations make of a parameter; nowhere, if it is empty."""
 
-# How many examples are exchanged, in turn.
+# How many examples are exchanged, in turn; how many are looked at for one that is unlike another;
+# and of how many kinds of batches places are kept.
 NUM_TRACED = 3
 _NUM_COMPARED = 16
 _NUM_KEPT = 64
@@ -44,15 +47,16 @@ class AlikeError(TraceError):
     """The examples of a batch are alike, so that to exchange them shows nothing."""
 
 
-_seen: WeakKeyDictionary[nn.Module, dict[Hashable, Places | TraceError]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Use:
+    """What an operation made of a parameter, and where its examples may be by sizes."""
+
+    places: list[Place]
+    output: Tensor
 
 
-@dataclass
-class _Uses:
-    """What operations made of a parameter in a pass, in their order."""
-
-    places: list[list[Place]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+# Or why they cannot be found; not as an error, whose traceback holds the batch and the model.
+_seen: WeakKeyDictionary[nn.Module, dict[Hashable, Places | str]] = WeakKeyDictionary()
 
 
 def places_seen(
@@ -63,31 +67,43 @@ def places_seen(
     size: int,
     batch_dim: int,
 ) -> Places:
-    """Return the places that were traced before for such examples, or trace them.
+    """Return the places that were traced before for such arguments, or trace them.
 
     Raises:
         AlikeError: If the examples of this batch are alike.
         TraceError: If that is not possible.
     """
-    shapes = tuple(
-        (name, tensor.dtype, *_few(tensor, size, batch_dim).shape)
-        for name, tensor in tensor_leaves([*args, *kwargs.values()])
-    )
-    key = (batch_dim, shapes, frozenset(id(parameter) for parameter in wanted))
+    given = _signature((args, dict(kwargs)), size, batch_dim)
+    key = (batch_dim, given, frozenset(id(parameter) for parameter in wanted))
     seen = _seen.setdefault(model, {})
-    if key not in seen:
-        if len(seen) >= _NUM_KEPT:  # Batches of sequences may have a shape of their own each.
-            seen.pop(next(iter(seen)))
-        try:
-            seen[key] = traced_places(model, wanted, args, kwargs, size, batch_dim)
-        except AlikeError:  # Those of the next batch may not be.
-            raise
-        except TraceError as error:
-            seen[key] = error
-    found = seen[key]
-    if isinstance(found, TraceError):
-        raise found
-    return found
+    found = seen.get(key)
+    if isinstance(found, str):
+        raise TraceError(found)
+    if found is not None:
+        return found
+    if len(seen) >= _NUM_KEPT:  # Batches of sequences may have a shape of their own each.
+        seen.pop(next(iter(seen)))
+    try:
+        places = traced_places(model, wanted, args, kwargs, size, batch_dim)
+    except AlikeError:  # Those of the next batch may not be.
+        raise
+    except TraceError as error:
+        seen[key] = str(error)
+        raise
+    if all(len(of_parameter) < 2 for of_parameter in places.values()):
+        seen[key] = places  # Else weights that are zero as yet may have hidden what would change.
+    return places
+
+
+def _signature(value: Any, size: int, batch_dim: int) -> Hashable:
+    """Return what tells apart arguments for which a model may do other things."""
+    if isinstance(value, Tensor):
+        return (value.dtype, *_few(value, size, batch_dim).shape)
+    if isinstance(value, dict):
+        return tuple((key, _signature(item, size, batch_dim)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_signature(item, size, batch_dim) for item in value)
+    return (type(value), repr(value))
 
 
 def traced_places(
@@ -109,7 +125,8 @@ def traced_places(
         batch_dim: The axis of its inputs that holds them.
 
     Returns:
-        The places by parameter.
+        The places by parameter: none where rows are in an order of their own, several where it is
+        used in several ways, or nothing has changed.
 
     Raises:
         AlikeError: If the examples are alike.
@@ -122,8 +139,9 @@ def traced_places(
         raise TraceError(f"nothing it is called with has the {size} examples along one axis")
     num = min(size, NUM_TRACED)
     stand_ins = [_unlike(held, example, batch_dim) for example in range(num)]
+    autocast = as_outside(held[0].device.type)
 
-    def run(exchanged: int | None) -> dict[nn.Parameter, _Uses]:
+    def run(exchanged: int | None) -> dict[nn.Parameter, list[_Use]]:
         def some(tensor: Tensor) -> Tensor:
             few = _few(tensor, size, batch_dim).clone()
             if exchanged is not None and _is_held(tensor, size, batch_dim):
@@ -132,18 +150,23 @@ def traced_places(
             return few
 
         few_args, few_kwargs = map_tensors(args, some), map_tensors(dict(kwargs), some)
-        return _uses_in(model, wanted, num, lambda: model(*few_args, **few_kwargs))
+        return _uses_in(model, wanted, num, autocast, lambda: model(*few_args, **few_kwargs))
 
     try:
         base = run(None)
-        others = [run(exchanged) for exchanged in range(num)]
+        fitting = {p: [set(use.places) for use in uses] for p, uses in base.items()}
+        for exchanged in range(num):
+            others = run(exchanged)
+            for parameter, uses in base.items():
+                for at, places in enumerate(fitting[parameter]):
+                    places &= _fitting(uses, others.get(parameter, []), at, exchanged, num)
     except TraceError:
         raise
     except Exception as error:
         raise TraceError(f"it fails on {num} examples: {reason_of(error)}") from error
     return {
-        parameter: _common(uses, [one.get(parameter) for one in others])
-        for parameter, uses in base.items()
+        parameter: set().union(*of_uses) if all(of_uses) else ()
+        for parameter, of_uses in fitting.items()
     }
 
 
@@ -176,34 +199,28 @@ def _uses_in(
     model: nn.Module,
     wanted: Collection[nn.Parameter],
     num_examples: int,
+    autocast: AbstractContextManager[Any],
     call: Callable[[], object],
-) -> dict[nn.Parameter, _Uses]:
-    """Return what operations make of parameters.
+) -> dict[nn.Parameter, list[_Use]]:
+    """Return what operations make of parameters, in their order.
 
     Raises:
         TraceError: If one couples the examples.
         Exception: What the model raises.
     """
-    found: dict[nn.Parameter, _Uses] = defaultdict(_Uses)
+    found: dict[nn.Parameter, list[_Use]] = defaultdict(list)
 
     def take(operation: Operation, outputs: Sequence[Tensor]) -> None:
         if operation.places is None:
             return
-        output = outputs[0].detach().clone()
-        for use in operation.uses:
-            for parameter in use.parameters:
-                found[parameter].places.append(operation.places)
-                found[parameter].outputs.append(output)
+        made = _Use(operation.places, outputs[0].detach().clone())
+        for parameter in {parameter for use in operation.uses for parameter in use.parameters}:
+            found[parameter].append(made)
 
-    with (
-        warnings.catch_warnings(),
-        undisturbed(model),
-        torch.enable_grad(),
-        # Else a checkpoint around the model would count what is saved here, too.
-        torch.autograd.graph.saved_tensors_hooks(_itself, _itself),
-    ):
+    with warnings.catch_warnings(), undisturbed(model), torch.no_grad(), autocast:
         warnings.simplefilter("ignore")  # The model's own come with its next pass.
-        uses = ParameterUses(model, wanted, take, num_examples, HeldParameters(model))
+        held = HeldParameters(model)
+        uses = ParameterUses(model, wanted, take, num_examples, held, needs_graph=False)
         with uses:
             call()
     if uses.error is not None:
@@ -213,25 +230,18 @@ def _uses_in(
     return found
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _common(base: _Uses, others: Sequence[_Uses | None]) -> Collection[Place]:
-    """Return the places of a parameter's operations; none if one is at none of them."""
-    found: set[Place] = set()
-    for at, places in enumerate(base.places):
-        changes = []
-        for other in others:
-            outputs = [] if other is None else other.outputs
-            if len(outputs) != len(base.outputs) or outputs[at].shape != base.outputs[at].shape:
-                return ()  # Which rows there are depends on the examples.
-            changes.append(_changed(base.outputs[at], outputs[at]))
-        fitting = [place for place in places if _fits(place, changes)]
-        if not fitting:
-            return ()
-        found.update(fitting)
-    return found
+def _fitting(
+    uses: Sequence[_Use], others: Sequence[_Use], at: int, exchanged: int, num: int
+) -> set[Place]:
+    """Return the places of a use at which only entries of an exchanged example have changed."""
+    use = uses[at]
+    if len(others) != len(uses) or others[at].output.shape != use.output.shape:
+        # Which rows there are, as of experts, depends on the examples; but where each has one,
+        # they may just have another length.
+        is_by_example = all(len(other.output) == num for other in (*uses, *others))
+        return {Place.FIRST} if others and is_by_example and use.places == [Place.FIRST] else set()
+    changed = _changed(use.output, others[at].output)
+    return {place for place in use.places if _fits(place, changed, exchanged, num)}
 
 
 def _changed(base: Tensor, other: Tensor) -> Tensor:
@@ -244,17 +254,13 @@ def _changed(base: Tensor, other: Tensor) -> Tensor:
     return largest > _CHANGED * largest.max()
 
 
-def _fits(place: Place, changes: Sequence[Tensor]) -> bool:
-    """Tell whether of each exchanged example only entries changed that are at its place."""
-    num = len(changes)
-    for example, changed in enumerate(changes):
-        by_example = changed.any(1)
-        if place is Place.SECOND:
-            by_example = changed.any(0)
-        elif place is Place.INNER:
-            by_example = by_example.unflatten(0, (-1, num)).any(0)
-        elif place is Place.OUTER:
-            by_example = by_example.unflatten(0, (num, -1)).any(1)
-        if bool(by_example[:example].any() | by_example[example + 1 :].any()):
-            return False
-    return True
+def _fits(place: Place, changed: Tensor, example: int, num: int) -> bool:
+    """Tell whether only entries changed that are an example's at a place."""
+    by_example = changed.any(1)
+    if place is Place.SECOND:
+        by_example = changed.any(0)
+    elif place is Place.INNER:
+        by_example = by_example.unflatten(0, (-1, num)).any(0)
+    elif place is Place.OUTER:
+        by_example = by_example.unflatten(0, (num, -1)).any(1)
+    return not bool(by_example[:example].any() | by_example[example + 1 :].any())
