@@ -40,7 +40,7 @@ from .kept_gradients import KeptGradients, reduced_rows
 from .layouts import ORDERS, UnsupportedError
 from .owned_parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from .recurrent_rules import backward_through_recurrent
-from .traced_places import NUM_TRACED, TraceError, places_seen
+from .traced_places import NUM_TRACED, TraceError, trace_of
 from .verdicts import Problems, Verdict, verdict_of
 
 EXACT = "exact"
@@ -308,11 +308,11 @@ class _Evaluation:
         tensors = [parameter.tensor for parameter in parameters]
         batch_dim = examples.probe.axes.batch_dim
         try:
-            places = places_seen(self._model, tensors, args, kwargs, number, batch_dim)
+            trace = trace_of(self._model, tensors, args, kwargs, number, batch_dim)
         except TraceError:
             return {}
         reason = "it depends on the examples which of its rows are whose"
-        return {p.name: reason for p in parameters if not places.get(p.tensor, True)}
+        return {p.name: reason for p in parameters if not trace.places.get(p.tensor, True)}
 
     def _by_rules(
         self,

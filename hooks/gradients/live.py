@@ -35,7 +35,7 @@ from .kept_gradients import KeptGradients, reduced_rows
 from .owned_parameters import UNSUPPORTED, OwnedParameter
 from .parameter_uses import Operation, ParameterUses
 from .sum_checks import SumChecks
-from .traced_places import Places, TraceError, places_seen
+from .traced_places import Trace, TraceError, trace_of
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
 
@@ -108,6 +108,7 @@ class LiveGradients(Observation):
         self._is_using = False
         self._uses: ParameterUses | None = None
         self._untraced: str | None = None
+        self._traced: Trace | None = None
         self._stack = ExitStack()
         self._stack.callback(add_hook(model, self._enter, is_before=True))
         self._stack.callback(add_hook(model, self._leave, is_last=True))
@@ -204,7 +205,8 @@ class LiveGradients(Observation):
                     self._problems[tensor] = "the number of examples is not known"
                 return
             take = partial(self._take, one.micro_batch)
-            places = self._places(args, kwargs, size)
+            self._traced = self._trace(args, kwargs, size)
+            places = None if self._traced is None else self._traced.places
             uses = ParameterUses(
                 self._model, self._parameters, take, size, self._held, places=places
             )
@@ -213,7 +215,7 @@ class LiveGradients(Observation):
         except Exception as error:
             self._error = error
 
-    def _places(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> Places | None:
+    def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> Trace | None:
         """Return where examples are, as a run on a few has shown; None if that is not possible."""
         self._untraced = self._step.axes.problem
         if self._untraced is not None or size < 2:
@@ -221,7 +223,7 @@ class LiveGradients(Observation):
         self._step.is_paused = True
         try:
             batch_dim = self._step.axes.batch_dim
-            return places_seen(self._model, self._parameters, args, kwargs, size, batch_dim)
+            return trace_of(self._model, self._parameters, args, kwargs, size, batch_dim)
         except TraceError as reason:
             self._untraced = str(reason)
             return None
@@ -237,6 +239,10 @@ class LiveGradients(Observation):
         self._error = self._error or uses.error
         for tensor, reason in uses.problems.items():
             self._problems.setdefault(tensor, reason)
+        if self._traced and uses.num_reorderings != self._traced.num_reorderings:
+            for tensor in self._parameters:
+                reason = "rows of examples are taken in another order than in eval mode"
+                self._problems.setdefault(tensor, reason)
         if self._untraced is not None:
             # The sum of wrong per-example gradients is right as well, so nothing else would tell.
             for tensor in uses.undecided:

@@ -40,6 +40,16 @@ _ATTENTION = FunctionType(
 
 _NESTED = (tuple, list, dict)
 
+# What takes rows in an order that values tell.
+_REORDERING = frozenset(
+    [
+        Tensor.__getitem__,
+        *(torch.index_select, Tensor.index_select, torch.gather, Tensor.gather),
+        *(torch.take_along_dim, Tensor.take_along_dim, torch.masked_select, Tensor.masked_select),
+        *(torch.sort, Tensor.sort, torch.topk, Tensor.topk),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -114,6 +124,7 @@ class ParameterUses(TorchFunctionMode):
         problems: Why uses could not be reported, by parameter.
         without_gradients: The parameters that were used where no graph is made.
         couplings: What makes the gradients of an example depend on the others.
+        num_reorderings: How often rows of examples were taken in an order that values tell.
         error: What went wrong, which never raises into the forward pass.
     """
 
@@ -144,6 +155,7 @@ class ParameterUses(TorchFunctionMode):
         self.problems: dict[nn.Parameter, str] = {}
         self.without_gradients: set[nn.Parameter] = set()
         self.couplings: list[str] = []
+        self.num_reorderings = 0
         self.error: Exception | None = None
         self._roots: dict[int, Mapping[nn.Parameter, nn.Parameter]] = {}
         self._constants: set[int] = set()
@@ -222,6 +234,8 @@ class ParameterUses(TorchFunctionMode):
     ) -> None:
         tensors = _tensors((args, kwargs))
         roots, constants = self._roots, self._constants
+        if func in _REORDERING and id(tensors[0]) not in roots and id(tensors[0]) not in constants:
+            self.num_reorderings += func is not Tensor.__getitem__ or len(tensors) > 1
         unknown = [t for t in tensors if id(t) not in roots and id(t) not in constants]
         new = [t for t in unknown if isinstance(t, nn.Parameter)]
         if len(unknown) == len(tensors) > 0 and not new:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -29,6 +29,28 @@ from .parameter_uses import Operation, ParameterUses
 
 Places: TypeAlias = Mapping[nn.Parameter, Collection[Place]]
 """Where the examples may be in what operations make of a parameter; nowhere, if it is empty."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was seen in a run on a few examples, in eval mode.
+
+    Attributes:
+        places: The places by parameter: none where rows are in an order of their own, several where
+            it is used in several ways, or nothing has changed.
+        num_reorderings: How often rows of examples were taken in an order that values tell.
+    """
+
+    places: Places
+    num_reorderings: int
+
+    @property
+    def holds_for_others(self) -> bool:
+        """Whether another batch of the same shapes shows the same."""
+        # Weights that are zero as yet may have hidden what would change.
+        are_clear = all(len(of_parameter) < 2 for of_parameter in self.places.values())
+        return are_clear and not self.num_reorderings
+
 
 # How many examples are exchanged, in turn; how many are looked at for one that is unlike another;
 # and of how many kinds of batches places are kept.
@@ -55,19 +77,27 @@ class _Use:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What operations made of each parameter, in their order; and how often rows were reordered."""
+
+    uses: dict[nn.Parameter, list[_Use]]
+    num_reorderings: int
+
+
 # Or why they cannot be found; not as an error, whose traceback holds the batch and the model.
-_seen: WeakKeyDictionary[nn.Module, dict[Hashable, Places | str]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, dict[Hashable, Trace | str]] = WeakKeyDictionary()
 
 
-def places_seen(
+def trace_of(
     model: nn.Module,
     wanted: Collection[nn.Parameter],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     size: int,
     batch_dim: int,
-) -> Places:
-    """Return the places that were traced before for such arguments, or trace them.
+) -> Trace:
+    """Return what was traced before for such arguments, or trace them.
 
     Raises:
         AlikeError: If the examples of this batch are alike.
@@ -84,15 +114,15 @@ def places_seen(
     if len(seen) >= _NUM_KEPT:  # Batches of sequences may have a shape of their own each.
         seen.pop(next(iter(seen)))
     try:
-        places = traced_places(model, wanted, args, kwargs, size, batch_dim)
+        trace = _trace(model, wanted, args, kwargs, size, batch_dim)
     except AlikeError:  # Those of the next batch may not be.
         raise
     except TraceError as error:
         seen[key] = str(error)
         raise
-    if all(len(of_parameter) < 2 for of_parameter in places.values()):
-        seen[key] = places  # Else weights that are zero as yet may have hidden what would change.
-    return places
+    if trace.holds_for_others:
+        seen[key] = trace
+    return trace
 
 
 def _signature(value: Any, size: int, batch_dim: int) -> Hashable:
@@ -106,14 +136,14 @@ def _signature(value: Any, size: int, batch_dim: int) -> Hashable:
     return (type(value), repr(value))
 
 
-def traced_places(
+def _trace(
     model: nn.Module,
     wanted: Collection[nn.Parameter],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     size: int,
     batch_dim: int,
-) -> Places:
+) -> Trace:
     """Run a model on a few examples of a batch, and see which rows are whose.
 
     Args:
@@ -124,10 +154,6 @@ def traced_places(
         size: The number of examples.
         batch_dim: The axis of its inputs that holds them.
 
-    Returns:
-        The places by parameter: none where rows are in an order of their own, several where it is
-        used in several ways, or nothing has changed.
-
     Raises:
         AlikeError: If the examples are alike.
         TraceError: If nothing it is called with holds the examples, it fails on a few of them, or
@@ -137,37 +163,55 @@ def traced_places(
     held = [tensor for _, tensor in tensor_leaves(given) if _is_held(tensor, size, batch_dim)]
     if not held:
         raise TraceError(f"nothing it is called with has the {size} examples along one axis")
-    num = min(size, NUM_TRACED)
-    stand_ins = [_unlike(held, example, batch_dim) for example in range(num)]
+    few = min(size, NUM_TRACED)
+    stand_ins = [_unlike(held, example, batch_dim) for example in range(few)]
     autocast = as_outside(held[0].device.type)
 
-    def run(exchanged: int | None) -> dict[nn.Parameter, list[_Use]]:
+    def run(num: int, exchanged: Collection[int]) -> _Run:
         def some(tensor: Tensor) -> Tensor:
-            few = _few(tensor, size, batch_dim).clone()
-            if exchanged is not None and _is_held(tensor, size, batch_dim):
-                other = tensor.detach().select(batch_dim, stand_ins[exchanged])
-                few.select(batch_dim, exchanged).copy_(other)
-            return few
+            if not _is_held(tensor, size, batch_dim):
+                return tensor.detach().clone()
+            taken = tensor.detach().narrow(batch_dim, 0, num).clone()
+            for example in exchanged:
+                other = tensor.detach().select(batch_dim, stand_ins[example])
+                taken.select(batch_dim, example).copy_(other)
+            return taken
 
         few_args, few_kwargs = map_tensors(args, some), map_tensors(dict(kwargs), some)
-        return _uses_in(model, wanted, num, autocast, lambda: model(*few_args, **few_kwargs))
+        return _run(model, wanted, num, autocast, lambda: model(*few_args, **few_kwargs))
 
-    try:
-        base = run(None)
-        fitting = {p: [set(use.places) for use in uses] for p, uses in base.items()}
-        for exchanged in range(num):
-            others = run(exchanged)
-            for parameter, uses in base.items():
+    def seen(num: int, groups: Iterable[Collection[int]]) -> Trace:
+        base = run(num, ())
+        fitting = {p: [set(use.places) for use in uses] for p, uses in base.uses.items()}
+        for exchanged in groups:
+            others = run(num, exchanged).uses
+            for parameter, uses in base.uses.items():
                 for at, places in enumerate(fitting[parameter]):
                     places &= _fitting(uses, others.get(parameter, []), at, exchanged, num)
+        found = {p: set[Place]().union(*of) if all(of) else set() for p, of in fitting.items()}
+        return Trace(found, base.num_reorderings)
+
+    try:
+        trace = seen(few, [[example] for example in range(few)])
+        if not trace.num_reorderings or size == few:
+            return trace
+        # A few examples do not speak for all: each has a code, and half of them are exchanged at
+        # once, those with a bit of it and those without.
+        stand_ins = [_unlike(held, example, batch_dim) for example in range(size)]
+        bits = [[bool(n >> bit & 1) for n in range(size)] for bit in range((size - 1).bit_length())]
+        halves = [
+            [n for n in range(size) if of[n] is side] for of in bits for side in (True, False)
+        ]
+        of_all = seen(size, halves)
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"it fails on {num} examples: {reason_of(error)}") from error
-    return {
-        parameter: set().union(*of_uses) if all(of_uses) else ()
-        for parameter, of_uses in fitting.items()
+        raise TraceError(f"it fails on {few} examples: {reason_of(error)}") from error
+    places = {
+        parameter: {place for place in of_few if place in of_all.places.get(parameter, ())}
+        for parameter, of_few in trace.places.items()
     }
+    return Trace(places, trace.num_reorderings)
 
 
 def _unlike(held: Sequence[Tensor], example: int, batch_dim: int) -> int:
@@ -195,14 +239,14 @@ def _is_held(tensor: Tensor, size: int, batch_dim: int) -> bool:
     return tensor.ndim > batch_dim and tensor.shape[batch_dim] == size
 
 
-def _uses_in(
+def _run(
     model: nn.Module,
     wanted: Collection[nn.Parameter],
     num_examples: int,
     autocast: AbstractContextManager[Any],
     call: Callable[[], object],
-) -> dict[nn.Parameter, list[_Use]]:
-    """Return what operations make of parameters, in their order.
+) -> _Run:
+    """Return what operations make of parameters.
 
     Raises:
         TraceError: If one couples the examples.
@@ -227,19 +271,23 @@ def _uses_in(
         raise uses.error
     if uses.couplings:
         raise TraceError(f"{uses.couplings[0]} couple its examples")
-    return found
+    return _Run(found, uses.num_reorderings)
 
 
 def _fitting(
-    uses: Sequence[_Use], others: Sequence[_Use], at: int, exchanged: int, num: int
+    uses: Sequence[_Use],
+    others: Sequence[_Use],
+    at: int,
+    exchanged: Collection[int],
+    num: int,
 ) -> set[Place]:
-    """Return the places of a use at which only entries of an exchanged example have changed."""
+    """Return the places of a use at which only entries of exchanged examples have changed."""
     use = uses[at]
     if len(others) != len(uses) or others[at].output.shape != use.output.shape:
-        # Which rows there are, as of experts, depends on the examples; but where each has one,
-        # they may just have another length.
-        is_by_example = all(len(other.output) == num for other in (*uses, *others))
-        return {Place.FIRST} if others and is_by_example and use.places == [Place.FIRST] else set()
+        # Which rows there are, as of experts, depends on the examples; but where there is only one
+        # place for them in each run, they may just have other lengths.
+        places = set(use.places).intersection(*(other.places for other in (*uses, *others)))
+        return places if others and len(places) == 1 else set()
     changed = _changed(use.output, others[at].output)
     return {place for place in use.places if _fits(place, changed, exchanged, num)}
 
@@ -254,8 +302,8 @@ def _changed(base: Tensor, other: Tensor) -> Tensor:
     return largest > _CHANGED * largest.max()
 
 
-def _fits(place: Place, changed: Tensor, example: int, num: int) -> bool:
-    """Tell whether only entries changed that are an example's at a place."""
+def _fits(place: Place, changed: Tensor, exchanged: Collection[int], num: int) -> bool:
+    """Tell whether only entries changed that are exchanged examples' at a place."""
     by_example = changed.any(1)
     if place is Place.SECOND:
         by_example = changed.any(0)
@@ -263,4 +311,4 @@ def _fits(place: Place, changed: Tensor, example: int, num: int) -> bool:
         by_example = by_example.unflatten(0, (-1, num)).any(0)
     elif place is Place.OUTER:
         by_example = by_example.unflatten(0, (num, -1)).any(1)
-    return not bool(by_example[:example].any() | by_example[example + 1 :].any())
+    return set(by_example.nonzero().flatten().tolist()) <= set(exchanged)

@@ -52,6 +52,28 @@ class Codebook(nn.Module):
         return torch.as_tensor(y + self.codes[nearest])
 
 
+class Cached(nn.Module):
+    """Makes a table for the longest batch so far, keeps a state, and counts, sums and lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+        self.num_cached = 0
+        self.state: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.sums = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.num_cached:
+            self.num_cached = len(x)
+            self.table = torch.linspace(0, 1, len(x))[:, None]
+        y = self.mix(x) + self.table[: len(x)]
+        self.state = y.detach() if self.state is None else 0.5 * (self.state + y.detach())
+        self.losses.append(y.square().mean())
+        self.sums["calls"] += 1
+        return torch.as_tensor(y + self.state + 0.01 * self.sums["calls"])
+
+
 INPUTS = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
 TARGETS = torch.arange(8) % 4
 MEASURES: dict[str, Any] = {
@@ -97,6 +119,43 @@ def test_states_that_are_no_buffers_are_put_back(kind: str, tmp_path: Path) -> N
     assert alone.torch_generator.get_state().equal(recorded.torch_generator.get_state())
     assert alone.numpy_generator.random() == recorded.numpy_generator.random()
     assert alone.python_generator.random() == recorded.python_generator.random()
+
+
+@pytest.mark.parametrize("kind", ["on a probe", "in band"])
+def test_caches_and_lists_are_those_of_the_training(kind: str, tmp_path: Path) -> None:
+    found = []
+    for name in ("nothing", kind):
+        torch.manual_seed(0)
+        model = Cached()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # A probe of such a model has no gradients.
+            recorder = sonde.Recorder(
+                tmp_path / name, model, MEASURES[name]() or [sonde.Scalars()], when=sonde.every(1)
+            ).attach(optimizer)
+            for rows in (8, 8, 8):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(INPUTS[:rows]), TARGETS[:rows])
+                (loss + sum(model.losses)).backward()
+                model.losses.clear()
+                optimizer.step()
+            recorder.close()
+        found.append(model)
+    alone, recorded = found
+    assert torch.equal(alone.mix.weight, recorded.mix.weight)
+    assert alone.sums == recorded.sums
+    assert alone.num_cached == recorded.num_cached
+
+
+def test_a_table_that_an_inference_pass_made_is_no_obstacle(tmp_path: Path) -> None:
+    model = Cached()
+    with torch.inference_mode():
+        model(INPUTS)
+    model.state = None
+    measures = [sonde.Activations(sonde.Probe(INPUTS))]
+    with sonde.Recorder(tmp_path / "run", model, measures, on_error="raise") as recorder:
+        recorder.measure()
+    assert sonde.open_run(tmp_path / "run").layers == ["mix"]
 
 
 def test_attributes_that_a_pass_makes_are_gone_after_it() -> None:

@@ -5,6 +5,8 @@ The sum over examples is right whichever rows are taken for an example's, so it 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,124 @@ class Shuffled(nn.Module):
         order = torch.arange(len(x)).flip(0)
         mixed = self.mix(x.mean(1)[order]).tanh()
         return torch.as_tensor(self.out(mixed[order]))
+
+
+class Ragged(nn.Module):
+    """A layer that sees as many tokens of an example as its first feature says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(WIDTH, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_there = torch.arange(STEPS) < x[:, :1, 0].detach()
+        mixed = x.new_zeros(*x.shape[:2], 4)
+        mixed[is_there] = self.mix(x[is_there]).tanh()
+        return torch.as_tensor(self.out(mixed.sum(1)))
+
+
+class SortedInside(nn.Module):
+    """A model that sorts its examples by their first feature, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(WIDTH, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].detach().sort(descending=True, stable=True).indices
+        mixed = self.mix(x[order].mean(1)).tanh()
+        return torch.as_tensor(self.out(mixed[order.argsort()]))
+
+
+class ShuffledInTraining(nn.Module):
+    """A layer that sees the examples in a random order, but not in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(WIDTH, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(1)
+        if not self.training:
+            return torch.as_tensor(self.out(self.mix(x).tanh()))
+        order = torch.randperm(len(x))
+        return torch.as_tensor(self.out(self.mix(x[order]).tanh()[order.argsort()]))
+
+
+@pytest.mark.parametrize("make", [Ragged, SortedInside])
+@pytest.mark.parametrize("counts", [[2, 2, 2, 1, 3, 2], [1, 1, 1, 2, 0, 1], [2, 2, 2, 2, 1, 3]])
+def test_a_few_examples_do_not_speak_for_all_where_values_tell_the_order(
+    make: Callable[[], nn.Module], counts: list[int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(N, STEPS, WIDTH), torch.arange(N) % CLASSES
+    inputs[:, 0, 0] = torch.tensor(counts)
+    model = make()
+    with pytest.warns(sonde.SondeWarning, match="it is not known which rows"):
+        run = record(tmp_path / "run", model, inputs, targets)
+    assert coverage_of(run)["mix.weight"] != "exact"
+    if run.measures:
+        assert_own_rows(run, model, inputs, targets)
+
+
+def test_an_even_batch_says_nothing_of_the_next_where_values_tell_the_order(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Ragged(), torch.randn(N, STEPS, WIDTH), torch.arange(N) % CLASSES
+    inputs[:, 0, 0] = 2
+    run = record(tmp_path / "even", model, inputs, targets)
+    assert set(coverage_of(run).values()) == {"exact"}
+    assert_own_rows(run, model, inputs, targets)
+    inputs[:, 0, 0] = torch.tensor([1, 3, 2, 4, 1, 1])
+    with pytest.warns(sonde.SondeWarning, match="it is not known which rows"):
+        run = record(tmp_path / "uneven", model, inputs, targets)
+    assert coverage_of(run)["mix.weight"] != "exact"
+
+
+def test_an_order_of_training_mode_alone_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(N, STEPS, WIDTH), torch.arange(N) % CLASSES
+    with pytest.warns(sonde.SondeWarning, match="in another order than in eval mode"):
+        run = record(tmp_path / "run", ShuffledInTraining(), inputs, targets)
+    assert run.measures == []
+
+
+class Trimmed(nn.Module):
+    """A model that cuts padding off, so that one example tells the length of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.embed, self.out = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        longest = int((tokens > 0).sum(1).max())
+        is_padding = tokens[:, :longest] == 0
+        hidden = self.layer(self.embed(tokens[:, :longest]), src_key_padding_mask=is_padding)
+        return torch.as_tensor(self.out(hidden[:, 0]))
+
+
+def test_examples_of_other_lengths_are_told_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([7, 2, 3, 1, 4, 2])
+    tokens = torch.randint(1, 9, (N, 9)) * (torch.arange(9) < lengths[:, None])
+    model, targets = Trimmed(), torch.arange(N) % CLASSES
+    run = record(tmp_path / "run", model, tokens, targets)
+    assert set(coverage_of(run).values()) == {"exact"}
+    assert_own_rows(run, model, tokens, targets)
+
+
+def test_nothing_of_a_batch_or_a_model_is_kept(tmp_path: Path) -> None:
+    norm = nn.BatchNorm1d(4, track_running_stats=False)  # It couples the examples, so none is seen.
+    model = nn.Sequential(nn.Linear(WIDTH, 4), norm, nn.Linear(4, CLASSES))
+    inputs, targets = torch.randn(N, WIDTH), torch.arange(N) % CLASSES
+    alive: list[weakref.ref[Any]] = [weakref.ref(model), weakref.ref(inputs)]
+    for name in ("first", "again"):
+        record(tmp_path / name, model, inputs, targets)
+    del model, norm, inputs
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 @pytest.mark.parametrize(
