@@ -234,8 +234,8 @@ class ParameterUses(TorchFunctionMode):
     ) -> None:
         tensors = _tensors((args, kwargs))
         roots, constants = self._roots, self._constants
-        if func in _REORDERING and id(tensors[0]) not in roots and id(tensors[0]) not in constants:
-            self.num_reorderings += func is not Tensor.__getitem__ or len(tensors) > 1
+        if func in _REORDERING and self._reorders(func, tensors):
+            self.num_reorderings += 1
         unknown = [t for t in tensors if id(t) not in roots and id(t) not in constants]
         new = [t for t in unknown if isinstance(t, nn.Parameter)]
         if len(unknown) == len(tensors) > 0 and not new:
@@ -257,6 +257,14 @@ class ParameterUses(TorchFunctionMode):
             self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
             self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
+
+    def _reorders(self, func: Callable[..., Any], tensors: list[Tensor]) -> bool:
+        """Tell whether an operation takes rows of examples in an order that values tell."""
+        taken = tensors[0]
+        is_of_examples = id(taken) not in self._roots and id(taken) not in self._constants
+        # What only masks, no gradient goes through.
+        is_row = taken.dtype != torch.bool
+        return is_of_examples and is_row and (func is not Tensor.__getitem__ or len(tensors) > 1)
 
     def _keep(
         self, tensor: Tensor, parameters: Mapping[nn.Parameter, nn.Parameter] | None = None
