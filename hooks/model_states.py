@@ -137,7 +137,10 @@ class ModelState:
 
 def _version_of(tensor: Tensor) -> int | None:
     """Return how often a tensor was changed in place; an inference tensor does not count it."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def _state_of(generator: _Generator) -> Any:
