@@ -230,11 +230,15 @@ def _digest_of(texts: Sequence[str]) -> str:
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Call a model with what a probe holds."""
+    args, kwargs = arguments_of(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments_of(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a probe holds as positional and named arguments of a model."""
     if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def device_of(model: nn.Module) -> torch.device:

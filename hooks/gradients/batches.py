@@ -26,7 +26,8 @@ from .factor_sums import summed
 from .factors import Dense, Factor
 from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
-from .parameter_uses import Operation, ParameterUses, Use
+from .operations import Operation, Use
+from .parameter_uses import ParameterUses
 
 # Gradients with respect to what is computed from parameters are taken on in blocks of this size.
 _CHAIN_BYTES = 64 << 20

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.losses import Loss
-from sonde.hooks.probes import PassingProbe, Probe, undisturbed
+from sonde.hooks.probes import PassingProbe, Probe, arguments_of, undisturbed
 from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import Selector, layers_of, select_layers
 from sonde.hooks.sharding import (
@@ -300,11 +300,7 @@ class _Evaluation:
         number = min(examples.num_examples, NUM_TRACED + 1)
         if number < 2 or has_sharded_parameters(self._model):
             return {}
-        inputs = examples.first(number)
-        args = (
-            inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-        )
-        kwargs = inputs if isinstance(inputs, dict) else {}
+        args, kwargs = arguments_of(examples.first(number))
         tensors = [parameter.tensor for parameter in parameters]
         batch_dim = examples.probe.axes.batch_dim
         try:

@@ -32,8 +32,9 @@ from .factor_sums import joined, summed
 from .factors import Factor
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
+from .operations import Operation
 from .owned_parameters import UNSUPPORTED, OwnedParameter
-from .parameter_uses import Operation, ParameterUses
+from .parameter_uses import ParameterUses
 from .sum_checks import SumChecks
 from .traced_places import Trace, TraceError, trace_of
 

@@ -25,7 +25,8 @@ from sonde.hooks.taps import map_tensors, tensor_leaves
 
 from .held_parameters import HeldParameters
 from .layouts import Place, reason_of
-from .parameter_uses import Operation, ParameterUses
+from .operations import Operation
+from .parameter_uses import ParameterUses
 
 Places: TypeAlias = Mapping[nn.Parameter, Collection[Place]]
 """Where the examples may be in what operations make of a parameter; nowhere, if it is empty."""
