@@ -207,7 +207,7 @@ def _trace(
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"it fails on {few} examples: {reason_of(error)}") from error
+        raise TraceError(f"it fails on some of its examples: {reason_of(error)}") from error
     places = {
         parameter: {place for place in of_few if place in of_all.places.get(parameter, ())}
         for parameter, of_few in trace.places.items()
