@@ -19,6 +19,7 @@ from sonde.exceptions import (
 
 from .examples import Examples
 from .parts import Part, StreamKey, StreamShape
+from .payload import widened, wider
 from .ranks import Shares, merge_ids, table_ids
 
 if TYPE_CHECKING:
@@ -138,13 +139,23 @@ class MeasureLog:
             f"recorded steps: {listing(steps)}"
         )
 
-    def array(self, field: str, step: int = -1, layer: str | None = None) -> npt.NDArray[Any]:
-        """Return one array of one record.
+    def array(
+        self,
+        field: str,
+        step: int = -1,
+        layer: str | None = None,
+        *,
+        as_stored: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Return one array of one record; what was stored in half precision as float32.
+
+        NumPy and xarray add float16 up in float16: the mean of 4,096 ones would be 0.5.
 
         Args:
             field: What the array is, such as `logits`.
             step: The step; negative numbers count from the end.
             layer: The layer it belongs to, if any.
+            as_stored: Leave float16 as it is. NumPy has no bfloat16, which is float32 anyway.
 
         Where each rank recorded its own examples, this holds all of them in the order of `ids_at`;
         an array without examples is that of the lowest rank.
@@ -155,10 +166,16 @@ class MeasureLog:
             MismatchError: If the ranks' parts cannot be put together.
         """
         wanted = self.resolve_step(step)
-        return self.run._retry(lambda: self._read(wanted, (layer, field)))
+        values = self.run._retry(lambda: self._read(wanted, (layer, field)))
+        return values if as_stored else widened(values)
 
     def stack(
-        self, field: str, steps: Sequence[int] | None = None, layer: str | None = None
+        self,
+        field: str,
+        steps: Sequence[int] | None = None,
+        layer: str | None = None,
+        *,
+        as_stored: bool = False,
     ) -> npt.NDArray[Any]:
         """Return one array over several steps, [steps, …].
 
@@ -166,6 +183,7 @@ class MeasureLog:
             field: What the array is.
             steps: The steps; None takes those of `steps_of`.
             layer: The layer it belongs to, if any.
+            as_stored: Leave float16 as it is, which is float32 otherwise; see `array`.
 
         Raises:
             StepNotFoundError: If a step was not recorded.
@@ -177,7 +195,10 @@ class MeasureLog:
                 self._require(next(iter(self._records)), (layer, field))
         else:
             wanted = [self.resolve_step(step) for step in steps]
-        return self.run._retry(lambda: np.stack(self._read_many(wanted, (layer, field))))
+        arrays = self.run._retry(lambda: self._read_many(wanted, (layer, field)))
+        # Widened while it is stacked, so that no array is there twice in its wider form.
+        dtype = np.result_type(*{values.dtype for values in arrays})
+        return np.stack(arrays, dtype=dtype if as_stored else wider(dtype))
 
     def gram(self, step: int = -1, layer: str | None = None) -> npt.NDArray[np.float64]:
         """Return a Gram matrix over the examples.
@@ -261,8 +282,13 @@ class MeasureLog:
         blocks = np.split(values, ends[:-1])
         return [block.reshape(size, size) for block, size in zip(blocks, sizes, strict=True)]
 
-    def features(self, layer: str, step: int = -1) -> npt.NDArray[Any]:
-        """Return the examples × features matrix of a layer, as it was stored.
+    def features(self, layer: str, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
+        """Return the examples × features matrix of a layer that was stored, or its sketch.
+
+        Args:
+            layer: The layer.
+            step: The step; negative numbers count from the end.
+            as_stored: Leave float16 as it is, which is float32 otherwise; see `array`.
 
         Raises:
             StepNotFoundError: If the step was not recorded.
@@ -271,7 +297,7 @@ class MeasureLog:
         fields = self._check_layer(layer)
         for name in ("full", "sketch"):
             if name in fields:
-                return self.array(name, step, layer)
+                return self.array(name, step, layer, as_stored=as_stored)
         raise LayerNotFoundError(
             f"'{self.measure}' kept only {', '.join(fields)} of layer '{layer}'; "
             "record it with store=Full() or Sketch() to have features"
@@ -320,8 +346,12 @@ class MeasureLog:
         """
         return [share.writer.rank for share in self._records[self.resolve_step(step)]]
 
-    def table(self, field: str) -> npt.NDArray[Any]:
+    def table(self, field: str, *, as_stored: bool = False) -> npt.NDArray[Any]:
         """Return an array of the source that does not depend on the step, such as `triplet`.
+
+        Args:
+            field: What the array is.
+            as_stored: Leave float16 as it is, which is float32 otherwise; see `array`.
 
         Raises:
             InvalidInputError: If the source has no such array.
@@ -331,7 +361,8 @@ class MeasureLog:
             raise InvalidInputError(
                 f"source '{self.source}' has no table '{field}'; it has: {listing(fields)}"
             )
-        return self.run._retry(lambda: self._read_table(field))
+        values = self.run._retry(lambda: self._read_table(field))
+        return values if as_stored else widened(values)
 
     def __getitem__(self, layer: str) -> LayerLog:
         """Return the records of one layer.
@@ -454,13 +485,13 @@ class LayerLog:
         """Return the layer's Gram matrix, float64 [examples, examples]; see `MeasureLog.gram`."""
         return self._log.gram(step, self.name)
 
-    def features(self, step: int = -1) -> npt.NDArray[Any]:
+    def features(self, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
         """Return the layer's stored [examples, features]; see `MeasureLog.features`."""
-        return self._log.features(self.name, step)
+        return self._log.features(self.name, step, as_stored=as_stored)
 
-    def array(self, field: str, step: int = -1) -> npt.NDArray[Any]:
+    def array(self, field: str, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
         """Return one array of the layer; see `MeasureLog.array`."""
-        return self._log.array(field, step, self.name)
+        return self._log.array(field, step, self.name, as_stored=as_stored)
 
     def __repr__(self) -> str:
         return f"<layer {self.name!r}: {', '.join(self.fields)} at {len(self.steps)} steps>"

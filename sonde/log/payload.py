@@ -232,3 +232,13 @@ def view_payload(layout: Layout, arrays: Sequence[LogArray]) -> list[memoryview]
     if not all(array.is_owned for array in arrays):
         return None
     return [array.values.reshape(-1).view(np.uint8).data for array in arrays]
+
+
+def wider(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type in which readers hand out values of a type: float32 for float16."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype
+
+
+def widened(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array in the type in which readers hand it out; a copy only if that differs."""
+    return values.astype(wider(values.dtype), copy=False)

@@ -252,17 +252,20 @@ class Run:
         *,
         layers: Sequence[str] | None = None,
         steps: Sequence[int] | None = None,
+        as_stored: bool = False,
     ) -> xarray.DataTree:
         """Load records as a tree of datasets, `/measure/source`, with named dimensions.
 
-        Everything selected is held in memory. A record that lacks a stream reads as NaN; streams
-        whose shape changes between records are named in the attribute `ragged` instead, those that
-        each rank has of its own examples in `by_rank`.
+        Everything selected is held in memory. Half precision becomes float32, as xarray adds up
+        float16 in float16: the mean of 4,096 ones would be 0.5. A record that lacks a stream reads
+        as NaN; streams whose shape changes between records are named in the attribute `ragged`
+        instead, those that each rank has of its own examples in `by_rank`.
 
         Args:
             measures: Only these measures.
             layers: Only these layers.
             steps: Only these steps.
+            as_stored: Leave float16 as it is. NumPy has no bfloat16, which is float32 anyway.
 
         Returns:
             A tree; variables are named `layer:field` or `field`, and their first axis is `step`.
@@ -278,7 +281,9 @@ class Run:
             self._key(measure, self.sources(measure)[0] if self.sources(measure) else None)
         chosen = [log for log in self._logs.values() if not measures or log.measure in measures]
         nodes = {
-            f"/{link_name(log.measure)}/{link_name(log.source)}": dataset_of(log, layers, steps)
+            f"/{link_name(log.measure)}/{link_name(log.source)}": dataset_of(
+                log, layers, steps, as_stored=as_stored
+            )
             for log in chosen
         }
         root = xarray.Dataset(attrs={"run": str(self.path), "state": self.state})

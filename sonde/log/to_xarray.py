@@ -17,7 +17,11 @@ _EXAMPLE_DIMS = ("example", "other_example")
 
 
 def dataset_of(
-    log: MeasureLog, layers: Sequence[str] | None, steps: Sequence[int] | None
+    log: MeasureLog,
+    layers: Sequence[str] | None,
+    steps: Sequence[int] | None,
+    *,
+    as_stored: bool,
 ) -> xarray.Dataset:
     """Load the records of one measure × source.
 
@@ -25,6 +29,7 @@ def dataset_of(
         log: The records.
         layers: Only these layers; None takes all.
         steps: Only these steps; None takes all.
+        as_stored: Leave float16 as it is, which is float32 otherwise.
 
     Returns:
         A dataset with one variable per stream, first axis `step`.
@@ -55,7 +60,7 @@ def dataset_of(
         if set(_EXAMPLE_DIMS) <= set(stream.dims) and len(log.ranks_at(present[0])) > 1:
             by_rank.append(name)
             continue
-        values = _aligned(log.stack(field, present, layer), present, wanted)
+        values = _aligned(log.stack(field, present, layer, as_stored=as_stored), present, wanted)
         dims = tuple(
             _free_name(sizes, dim, size)
             for dim, size in zip(stream.dims, stream.shape, strict=True)

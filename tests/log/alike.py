@@ -78,8 +78,8 @@ def _assert_same_log(actual: MeasureLog, expected: MeasureLog) -> int:
         _assert_same_result(partial(actual.ids_at, step), partial(expected.ids_at, step))
         for layer, field in expected.describe(step):
             _assert_same_result(
-                partial(actual.array, field, step, layer),
-                partial(expected.array, field, step, layer),
+                partial(actual.array, field, step, layer, as_stored=True),
+                partial(expected.array, field, step, layer, as_stored=True),
             )
             num_arrays += 1
     for layer, field in expected.streams:

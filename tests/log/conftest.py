@@ -134,7 +134,10 @@ def read_records(run: Run) -> dict[int, dict[StreamKey, Array]]:
         return {}
     log = run["activations"]
     return {
-        step: {(layer, field): log.array(field, step, layer) for layer, field in log.describe(step)}
+        step: {
+            (layer, field): log.array(field, step, layer, as_stored=True)
+            for layer, field in log.describe(step)
+        }
         for step in log.steps
     }
 

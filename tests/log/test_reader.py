@@ -64,7 +64,7 @@ def test_array_comes_back_bit_for_bit(
 ) -> None:
     array = every_bit_pattern(dtype, np.random.default_rng(1), shape)
     write_one(run_path, [array])
-    assert_identical(opened(run_path).activations.array("a"), as_read(array))
+    assert_identical(opened(run_path).activations.array("a", as_stored=True), as_read(array))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
@@ -75,7 +75,7 @@ def test_nan_payloads_survive(run_path: Path, opened: Open, dtype: str) -> None:
     values = bits if dtype == "bfloat16" else bits.view(dtype)
     array = LogArray("a", values, ("n",), dtype="bfloat16" if dtype == "bfloat16" else None)
     write_one(run_path, [array])
-    read = opened(run_path).activations.array("a")
+    read = opened(run_path).activations.array("a", as_stored=True)
     assert np.isnan(read).all()
     assert_identical(read, as_read(array))
 
@@ -212,7 +212,8 @@ def test_stream_that_some_records_lack_comes_back_where_it_is(
     assert log.steps == list(range(6))
     assert [step for step in log.steps if log.describe(step)] == [1, 2, 4]
     assert_identical(
-        log.stack("a", [1, 2, 4]), np.stack([as_read(written[step]) for step in (1, 2, 4)])
+        log.stack("a", [1, 2, 4], as_stored=True),
+        np.stack([as_read(written[step]) for step in (1, 2, 4)]),
     )
 
 
