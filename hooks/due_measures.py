@@ -14,6 +14,7 @@ from torch import nn
 
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .probe_precision import ProbePrecision
 from .record_log import RecordLog
 from .schedule import Schedule
 from .training import TrainingStep
@@ -49,6 +50,7 @@ class DueMeasures:
         self._subject = subject
         self._log = log
         self._silent = silent
+        self._precision = ProbePrecision(subject, log)
         self._on_error = on_error
         self._taken_at: dict[Measure, int] = {}
         self._resumed_at: int | None = None
@@ -178,7 +180,7 @@ class DueMeasures:
         self._taken_at[measure] = step
         try:
             with nullcontext() if self._live is None else self._live.paused():
-                recording = measure.record(self._subject)
+                recording = self._precision.record(measure)
             self._write(measure, recording, step)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error, step)

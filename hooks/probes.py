@@ -22,7 +22,7 @@ from sonde.log import LogArray
 from .datasets import DatasetRows
 from .example_axes import ExampleAxes
 from .model_states import ModelState
-from .precision import full_precision
+from .precision import full_precision, without_autocast
 from .random_states import RandomStates
 from .sharding import Shards, is_distributed, let_go_of_gathered, shards_of
 
@@ -261,8 +261,8 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
     """Put a model into eval mode for a while and leave no trace of what happens meanwhile.
 
     Within, random numbers are drawn from a fixed seed, so a model that draws some in eval mode
-    draws the same ones each time, and float32 is multiplied as such, so every device and every
-    step gives the same.
+    draws the same ones each time. Autocast is off, also where the model enters it by itself, and
+    float32 is multiplied as such, so every device and every step gives the same.
 
     Args:
         model: The model; no forward pass of it may be under way.
@@ -277,6 +277,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
         random_states.seed()
         with (
             torch.autocast(device_of(model).type, enabled=False),
+            without_autocast(model),
             full_precision(),
             run_eagerly(),
             _layer_by_layer(),

@@ -41,7 +41,8 @@ def attach(
     It may come before `accelerator.prepare` or after it. A step is one of the optimizer, however
     many micro-batches are accumulated in it. Each process records what it trains on, and readers
     join that by `id_key`; examples that only fill up an uneven last batch are marked as
-    `is_duplicate`. A probe is evaluated in the precision that the model was prepared for.
+    `is_duplicate`. A probe is evaluated in the precision of the model's parameters, without the
+    autocast that `prepare` builds into it.
 
     Checkpoints of `accelerator.save_state` hold where the recording was, and `load_state` goes on
     from there, with `resume=True`. Where a checkpoint holds nothing of that, or sonde is not there

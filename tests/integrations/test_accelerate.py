@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,28 @@ def test_nothing_is_left_behind_by_a_closed_recorder(
     assert not accelerator._load_model_state_pre_hook
     assert not optimizer._optimizer_step_post_hooks
     assert not model._forward_pre_hooks
+
+
+def test_a_probe_is_in_float32_under_bf16(accelerator: Any, tmp_path: Path) -> None:
+    from sonde.integrations.accelerate import attach
+
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    half = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    torch.manual_seed(0)
+    raw = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    plain, x = copy.deepcopy(raw), torch.randn(6, 3)
+    model, optimizer = half.prepare(raw, sgd(raw))
+    measures = [sonde.Activations(sonde.Probe(x), store=sonde.Full())]
+    recorder = attach(half, tmp_path / "run", model, optimizer, measures=measures)
+    forward = model.forward
+    recorder.measure()
+    recorder.close()
+    assert model.forward is forward
+    log = sonde.open_run(tmp_path / "run")["activations"]
+    with torch.no_grad():
+        np.testing.assert_array_equal(log.features("0", 0), plain[0](x))
+        np.testing.assert_array_equal(log.features("2", 0), plain(x))
+    assert log.attributes(0)["precision"] == ["float32"]
 
 
 def test_a_damaged_state_does_not_end_the_training(
