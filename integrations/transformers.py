@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -69,6 +70,7 @@ class SondeCallback(TrainerCallback):
         self.recorder: Recorder | None = None
         self._ends: list[Callable[[], None]] = []
         self._num_begun = 0
+        self._losses: _Losses | None = None
 
     def close(self) -> None:
         """Close the run, and leave the model as it was; safe to call twice."""
@@ -95,6 +97,9 @@ class SondeCallback(TrainerCallback):
             self._ends.append(tell_batches(self.recorder, model, self._config.id_key))
         if self._config.reduction is not None:
             self._ends.append(_tell_losses(self.recorder, model, self._config.reduction))
+        if args.logging_nan_inf_filter:
+            self._losses = _Losses()
+            self._ends.append(add_hook(model, self._losses.take))
         self._keep(state)
 
     def on_step_end(
@@ -139,7 +144,7 @@ class SondeCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Note what the Trainer logs."""
+        """Note what the Trainer logs, and a loss that is not finite as what it is."""
         if self.recorder is None:
             return
         numbers = {
@@ -147,6 +152,9 @@ class SondeCallback(TrainerCallback):
             for name, value in (logs or {}).items()
             if isinstance(value, int | float) and not name.endswith(_NOT_LOGGED)
         }
+        if self._losses is not None and "loss" in numbers:
+            with guarded(self.recorder, "the loss cannot be read"):
+                numbers["loss"] = self._losses.unfiltered(numbers, self.recorder)
         self.recorder.log(**numbers)
         self._keep(state)
 
@@ -181,6 +189,44 @@ class SondeCallback(TrainerCallback):
         if self.recorder is not None:
             with guarded(self.recorder, "the checkpoint lacks the recorder's state"):
                 _states(state)[_STATE] = self.recorder.state_dict(sync=sync)
+
+
+class _Losses:
+    """The losses of a model since the Trainer has last logged one.
+
+    By `logging_nan_inf_filter`, its default, the Trainer leaves a loss that is NaN or infinite out
+    of the mean that it logs; where no other is left, it logs 0.
+    """
+
+    _MOST = 256  # Losses that are held one by one.
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+
+    def take(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
+        """Take the loss among the outputs of a training pass, without waiting for a device."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if isinstance(output, tuple) and output:
+            loss = output[0]  # As the Trainer has it.
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+            self._held.append(loss.detach().reshape(()))
+            if len(self._held) >= self._MOST:
+                self._held = [torch.stack(self._held).sum()]
+
+    def unfiltered(self, logs: Mapping[str, float], recorder: Recorder) -> float:
+        """Return the loss that was logged, or NaN or infinity where one was left out of it."""
+        held, self._held = self._held, []
+        if not held:
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                recorder.warn(
+                    "the gradients are not finite, and the Trainer logs a loss that is not finite "
+                    "as 0 (logging_nan_inf_filter); the model's outputs have no `loss` to see it by"
+                )
+            return logs["loss"]
+        total = float(torch.stack(held).sum())
+        return logs["loss"] if math.isfinite(total) else total
 
 
 def _saved(state: TrainerState) -> Mapping[str, Any] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
@@ -307,6 +310,71 @@ def test_what_the_trainer_logs_is_recorded(tmp_path: Path) -> None:
         "loss",
         "grad_norm",
     }
+
+
+@pytest.mark.parametrize(
+    ("bad", "logging_steps", "as_tuple"),
+    [(math.nan, 1, False), (math.inf, 1, False), (math.nan, 2, False), (math.nan, 1, True)],
+)
+def test_a_loss_that_the_trainer_filters_is_recorded_as_it_was(
+    tmp_path: Path, bad: float, logging_steps: int, as_tuple: bool
+) -> None:
+    class Failing(Classifier):
+        num_calls = 0
+
+        def forward(self, inputs: Tensor, labels: Any = None) -> Any:
+            found = super().forward(inputs, labels)
+            self.num_calls += self.training
+            # Of no effect on the gradients, so that only one loss is not finite.
+            loss = found["loss"] + bad if self.num_calls == 3 else found["loss"]
+            return (loss, found["logits"]) if as_tuple else {**found, "loss": loss}
+
+    callback = SondeCallback(tmp_path / "run", measures=[sonde.Scalars()], when=sonde.every(1))
+    kept: dict[str, Any] = {"remove_unused_columns": True, "logging_steps": logging_steps}
+    _, logged = train(tmp_path, callback, Failing(), **kept)
+    log = sonde.open_run(tmp_path / "run")["scalars"]
+    assert all(map(math.isfinite, logged))  # What the Trainer says.
+    losses = [float(log.array("loss", step)) for step in range(logging_steps + 1, 12)]
+    shown = [losses[i] for i in range(0, len(losses), logging_steps)]
+    at = 2 // logging_steps
+    assert shown[:at] == pytest.approx(logged[:at])
+    assert shown[at] == pytest.approx(bad, nan_ok=True)
+    assert shown[at + 1 :] == pytest.approx(logged[at + 1 : len(shown)])
+
+
+def test_gradients_that_are_not_finite_without_a_loss_to_see_are_warned_of(tmp_path: Path) -> None:
+    class Output:
+        def __init__(self, loss: Tensor) -> None:
+            self.loss = loss
+
+        def __getitem__(self, _: object) -> Tensor:
+            return self.loss
+
+    class Hidden(Classifier):
+        def forward(self, inputs: Tensor, labels: Any = None) -> Any:
+            return Output(super().forward(inputs, labels)["loss"] * math.nan)
+
+    callback = SondeCallback(tmp_path / "run", measures=[sonde.Scalars()], when=sonde.every(1))
+    with pytest.warns(SondeWarning, match="logs a loss that is not finite as 0 .logging_nan_inf"):
+        train(tmp_path, callback, Hidden(), remove_unused_columns=True)
+
+
+def test_a_probe_is_in_float32_under_bf16(tmp_path: Path) -> None:
+    class Named(Classifier):
+        def forward(self, inputs: Tensor, labels: Any = None) -> Any:
+            return super().forward(inputs, labels)
+
+    x, y = data()
+    model = Named(smooth=True)
+    plain = copy.deepcopy(model)
+    probe = sonde.Probe({"inputs": x[:5]}, y[:5])
+    measures = [sonde.Activations(probe, "body.0", sonde.Full())]
+    callback = SondeCallback(tmp_path / "run", measures=measures, when=sonde.at(0))
+    train(tmp_path, callback, model, remove_unused_columns=True, bf16=True)
+    log = sonde.open_run(tmp_path / "run")["activations"]
+    with torch.no_grad():
+        np.testing.assert_array_equal(log.features("body.0", 0), plain.body[0](x[:5]))
+    assert log.attributes(0)["precision"] == ["float32"]
 
 
 def test_a_failure_of_ours_does_not_end_the_training(
