@@ -13,39 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .example_axes import batch_axis
 from .precision import as_outside
 from .probes import device_of, undisturbed
 from .sharding import has_sharded_parameters
 from .taps import map_tensors, tapped, tensor_leaves
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
-
-
-def batch_axis(
-    shape: Sequence[int], size: int, small_shape: Sequence[int] | None = None, small_size: int = 0
-) -> int | None:
-    """Return the axis that holds the examples; None if there is none.
-
-    Args:
-        shape: The shape of an output for `size` examples.
-        size: The number of examples.
-        small_shape: Its shape for `small_size` examples, if that is known; otherwise only axis 0
-            can be the one.
-        small_size: The smaller number of examples.
-
-    Example:
-        >>> batch_axis([7, 7, 32], 7, [7, 2, 32], 2)
-        1
-    """
-    if small_shape is None:
-        return 0 if shape and shape[0] == size else None
-    if len(shape) != len(small_shape):
-        return None
-    pairs = list(zip(shape, small_shape, strict=True))
-    found = [axis for axis, pair in enumerate(pairs) if pair == (size, small_size)]
-    if size == small_size > 1 < len(found):
-        return None  # Any of them may be the one.
-    return found[0] if found else None
 
 
 class BatchAxes:
@@ -136,7 +110,9 @@ class BatchAxes:
         known = self._axes.get(name)
         if size == self._small_size and known is not None:
             return known if known < len(shape) and shape[known] == size else None
-        axis = batch_axis(shape, size, self._small_shapes.get(name), self._small_size)
+        small = self._small_shapes.get(name)
+        seen = [] if small is None else [(self._small_size, small)]
+        axis = batch_axis(shape, size, *seen)
         if axis is not None and size != self._small_size:
             self._axes[name] = axis
         return axis

@@ -16,6 +16,7 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
 from .accumulators import Part
+from .example_axes import why_no_axis
 from .live_examples import describe_examples, micro_batches_of, nothing_of
 from .measures.base import Observation, Recording
 from .precision import full_precision
@@ -201,8 +202,11 @@ class LiveOutputs(Observation):
         size = one.micro_batch.size
         axis = self._step.axes.axis(name, tensor.shape, size)
         if axis is None:
-            of = "an unknown number of examples" if size is None else f"{size} examples"
-            self._missing[name] = f"no axis of its output {list(tensor.shape)} is the batch of {of}"
+            self._missing[name] = (
+                f"it is not known how many examples its output {list(tensor.shape)} has"
+                if size is None
+                else why_no_axis(tensor.shape, size)
+            )
             return
         self._shapes[key] = list(tensor.movedim(axis, 0).shape[1:])
         if self._of_gradients:

@@ -27,6 +27,7 @@ from sonde.hooks.sharding import (
     has_sharded_parameters,
     let_go_of_gathered,
 )
+from sonde.hooks.small_runs import seen_by
 from sonde.hooks.stores import Full, Gram, Sketch, Store
 
 from .batches import BatchGradients, batch_gradients
@@ -186,7 +187,7 @@ class _Evaluation:
         self._store = store
         self._memory = memory
         self._random_states = random_states
-        self._output_axes = [OutputAxes(probe.axes) for probe in probes]
+        self._output_axes = [OutputAxes(probe.axes, seen_by(model, probe)) for probe in probes]
         self._held = HeldParameters(model)
         self._problems: Problems = {}
         self._unsupported: Problems = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.hooks.accumulators import Accumulator, Room
-from sonde.hooks.batch_axes import batch_axis
+from sonde.hooks.example_axes import batch_axis, why_no_axis
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
@@ -21,6 +20,7 @@ from sonde.hooks.random_states import RandomStates
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
 from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
+from sonde.hooks.small_runs import SmallRun, run_small
 from sonde.hooks.stores import Gram, Store
 from sonde.hooks.taps import tapped, tensor_leaves
 from sonde.hooks.training import TrainingStep
@@ -65,7 +65,7 @@ class Activations(LayerMeasure):
     name = "activations"
 
     @cached_property
-    def _small(self) -> WeakKeyDictionary[nn.Module, _SmallRun]:
+    def _small(self) -> WeakKeyDictionary[nn.Module, SmallRun]:
         """What a small batch showed of each model."""
         return WeakKeyDictionary()
 
@@ -178,7 +178,7 @@ class Activations(LayerMeasure):
 
     def _run_small(
         self, model: nn.Module, probe: Probe, selected: dict[str, nn.Module]
-    ) -> _SmallRun:
+    ) -> SmallRun:
         """Run a small batch, whose outputs show which axis holds the examples.
 
         In a full batch another axis may have the same size by chance, such as the time steps.
@@ -186,58 +186,13 @@ class Activations(LayerMeasure):
         num_rows = 2 if min(probe.batch_size, probe.num_examples) > 2 else 1
         if (shards := self._shards(probe)) is not None:
             num_rows = shards.unlike_size()
-        run = _SmallRun(num_rows, device_of(model))
-
-        def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
-            for suffix, tensor in tensor_leaves(output):
-                if not tensor.is_nested:
-                    run.shapes[f"{name}{suffix}"] = tensor.shape
-                    run.dtypes[f"{name}{suffix}"] = tensor.dtype
-
-        inputs, _ = probe.rows(slice(0, run.num_examples), device_of(model))
-        with tapped(selected, on_call):
-            call(model, inputs)
-        return run
-
-
-@dataclass
-class _SmallRun:
-    """The outputs of layers for a few examples."""
-
-    num_examples: int
-    device: torch.device
-    shapes: dict[str, torch.Size] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-
-    def kept_bytes(self, store: Store, num_examples: int) -> dict[str, int]:
-        """Return what the store keeps of each output of so many examples, in bytes."""
-        return {
-            name: store.kept_bytes(num_examples, none.shape[1:], none.dtype)
-            for name, none in self.none().items()
-        }
-
-    def none(self) -> dict[str, Tensor]:
-        """Return each output that has an axis of examples, for no example at all."""
-        found = {}
-        for name, shape in self.shapes.items():
-            if self.num_examples in shape and self.dtypes[name].is_floating_point:
-                axis = shape.index(self.num_examples)
-                rest = [*shape[:axis], *shape[axis + 1 :]]
-                found[name] = torch.empty(0, *rest, dtype=self.dtypes[name], device=self.device)
-        return found
-
-    def held_bytes(self, store: Store) -> dict[str, int]:
-        """Return what the store holds of an example of each output, in bytes."""
-        return {
-            name: store.held_bytes(none.shape[1:].numel(), none.dtype)
-            for name, none in self.none().items()
-        }
+        return run_small(model, probe, num_rows, selected)
 
 
 class _Outputs:
     """Collects the outputs of layers over the batches of a probe, in one pass or several."""
 
-    def __init__(self, store: Store | OwnPart, num_examples: int, small: _SmallRun) -> None:
+    def __init__(self, store: Store | OwnPart, num_examples: int, small: SmallRun) -> None:
         self._store = store
         self._room = Room(small.device)
         self._num_examples = num_examples
@@ -330,9 +285,7 @@ class _Outputs:
             return
         axis = self._axis(name, tensor)
         if axis is None:
-            self.missing[name] = (
-                f"no axis of its output {list(tensor.shape)} is the batch of {self._size}"
-            )
+            self.missing[name] = why_no_axis(tensor.shape, self._size)
             self._accumulators.pop(name, None)
             return
         if not tensor.is_floating_point():
@@ -353,12 +306,11 @@ class _Outputs:
         self._counts[name] += len(features) * is_held
 
     def _axis(self, name: str, tensor: Tensor) -> int | None:
-        small = self._small.shapes.get(name)
-        if small is None:
+        seen = self._small.seen(name)
+        if not seen:
             return None
         if name not in self._axes:
-            shape = tuple(tensor.shape)
-            self._axes[name] = batch_axis(shape, self._size, small, self._small.num_examples)
+            self._axes[name] = batch_axis(tensor.shape, self._size, *seen)
         axis = self._axes[name]
         is_batch = axis is not None and tensor.ndim > axis and tensor.shape[axis] == self._size
         return axis if is_batch else None

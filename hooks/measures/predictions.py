@@ -13,6 +13,7 @@ from sonde.hooks.host_copies import on_host, wait_for_copies
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.probes import call, device_of, undisturbed
 from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
+from sonde.hooks.small_runs import seen_by
 from sonde.hooks.taps import tensor_leaves
 
 from .base import ProbeMeasure, Recording, Subject
@@ -46,7 +47,7 @@ class Predictions(ProbeMeasure):
         if shards is not None:
             parts = collect(agreed(lambda: self._own_logits(subject.model, shards)))
             return Recording() if parts is None else _recording(torch.cat(parts))
-        axes = OutputAxes(self.probe.axes)
+        axes = OutputAxes(self.probe.axes, seen_by(subject.model, self.probe))
         batches = []
         with undisturbed(subject.model) as random_states, torch.no_grad():
             for rows in self.probe.slices():
@@ -57,10 +58,12 @@ class Predictions(ProbeMeasure):
 
     def _own_logits(self, model: nn.Module, shards: Shards) -> Tensor:
         """Return the outputs for the examples of this rank, on the CPU."""
-        axes = OutputAxes(self.probe.axes)
+        seen = seen_by(model, self.probe)
+        axes = OutputAxes(self.probe.axes, seen)
         found = []
         with undisturbed(model) as random_states, torch.no_grad():
             take_buffers_of_first(model)
+            seen("")  # By all ranks, of which some may need to know.
             for rows, is_own in shards.batches():
                 random_states.seed(rows.start)
                 logits = self._logits(model, rows, axes).cpu()

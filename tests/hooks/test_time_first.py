@@ -155,13 +155,26 @@ def test_a_dataset_may_collate_time_first() -> None:
         assert torch.equal(targets, y[3:6].T)
 
 
-def test_as_many_steps_as_examples_are_refused() -> None:
+def test_as_many_steps_as_examples_are_told_apart_by_a_run_on_fewer() -> None:
     x, y = torch.randn(6, 6, FEATURES), torch.randint(CLASSES, (6, 6))
     model = Tagger(is_time_first=True)
+    result = sonde.example_gradients(model, token_loss, Probe(x, y, batch_dim=1))
+    for row in range(6):
+        loss = token_loss(model(x[:, row : row + 1]), y[:, row : row + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        torch.testing.assert_close(result.norms[row].float(), norm, rtol=1e-4, atol=1e-6)
+
+
+def test_as_many_steps_as_examples_are_refused_where_the_model_takes_no_fewer() -> None:
+    class Six(Tagger):
+        def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+            assert x.shape[1] == 6
+            return super().forward(x)
+
+    x, y = torch.randn(6, 6, FEATURES), torch.randint(CLASSES, (6, 6))
     with pytest.raises(InvalidInputError, match=r"axes 0 and 1 of an output \[6, 6, 3\]"):
-        sonde.example_gradients(model, token_loss, Probe(x, y, batch_dim=1))
-    result = sonde.example_gradients(model, token_loss, Probe(x, y, batch_dim=1, batch_size=3))
-    assert len(result.norms) == 6
+        sonde.example_gradients(Six(is_time_first=True), token_loss, Probe(x, y, batch_dim=1))
 
 
 def test_where_examples_are_is_found_for_each_axis_anew() -> None:
