@@ -7,13 +7,13 @@ once, marked in the log and switched off.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 from torch import nn
 
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .own_work import evaluating
 from .probe_precision import ProbePrecision
 from .record_log import RecordLog
 from .schedule import Schedule
@@ -179,7 +179,7 @@ class DueMeasures:
             return
         self._taken_at[measure] = step
         try:
-            with nullcontext() if self._live is None else self._live.paused():
+            with evaluating(self._subject.model):
                 recording = self._precision.record(measure)
             self._write(measure, recording, step)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.

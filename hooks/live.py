@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from .batch_axes import BatchAxes
 from .measures.base import Measure, Observation, Recording, Subject
@@ -42,18 +41,6 @@ class LiveMeasures:
             except Exception as error:
                 failed[measure] = error
         return failed
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what runs within, such as the passes of a probe."""
-        step = self.step
-        if step is not None:
-            step.is_paused = True
-        try:
-            yield
-        finally:
-            if step is not None:
-                step.is_paused = False
 
     def finish(self) -> dict[Measure, Recording | Exception]:
         """Leave the model as it was; return what each measure saw, or why it failed."""

@@ -22,6 +22,7 @@ from sonde.log import LogArray
 from .datasets import DatasetRows
 from .example_axes import ExampleAxes
 from .model_states import ModelState
+from .own_work import evaluating
 from .precision import full_precision, without_autocast
 from .random_states import RandomStates
 from .sharding import Shards, is_distributed, let_go_of_gathered, shards_of
@@ -276,6 +277,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
         state.evaluate()
         random_states.seed()
         with (
+            evaluating(model),
             torch.autocast(device_of(model).type, enabled=False),
             without_autocast(model),
             full_precision(),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from . import own_work
+
 OnCall: TypeAlias = Callable[[str, nn.Module, Any, Any], Any]
 """Called with the name of the call, the module, its first input and its output.
 
@@ -108,7 +110,10 @@ class _Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
+        if torch.compiler.is_compiling():
+            return self._function(*args)
+        with own_work.within:
+            return self._function(*args)
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:

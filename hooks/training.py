@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 
 from .batch_axes import BatchAxes
+from .own_work import is_evaluated, parts_of
 from .probes import run_eagerly
 from .taps import add_hook, is_recomputing, tensor_leaves
 
@@ -123,7 +124,6 @@ class TrainingStep:
         error: What went wrong in a hook, which never raises into the training.
         mismatch: Why nothing can be recorded of the step: what the loop told does not fit.
         num_late_passes: The number of passes left out as the weights had changed.
-        is_paused: What runs now is no pass of the training, but a measure of ours.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
@@ -142,7 +142,7 @@ class TrainingStep:
         self.error: Exception | None = None
         self.mismatch: str | None = None
         self.num_late_passes = 0
-        self.is_paused = False
+        self._parts = parts_of(model)
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
         self._stack.callback(add_hook(model, self._guarded(self._enter), is_before=True))
@@ -151,6 +151,11 @@ class TrainingStep:
     def stop(self) -> None:
         """Leave the model as it was."""
         self._stack.close()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether what runs now is no pass of the training, but an evaluation of ours."""
+        return is_evaluated(self._parts)
 
     def observes(self) -> bool:
         """Whether a hook that is called now is to look."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks import own_work
 from sonde.hooks.live_examples import describe_examples, micro_batches_of, nothing_of
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.precision import full_precision
@@ -106,7 +107,6 @@ class LiveGradients(Observation):
         self._delta_dtypes: set[torch.dtype] = set()
         self._error: Exception | None = None
         self._depth = 0
-        self._is_using = False
         self._uses: ParameterUses | None = None
         self._untraced: str | None = None
         self._traced: Trace | None = None
@@ -178,12 +178,12 @@ class LiveGradients(Observation):
 
         def call(*args: Any) -> None:
             # A gradient of ours may be on its way from what was computed of a parameter to it.
-            if self._error is None and not self._is_using and self._step.observes():
+            if self._error is None and not own_work.depth() and self._step.observes():
                 try:
                     # The training's autocast would multiply in half precision.
                     device_type = _device_type(args)
                     with torch.autocast(device_type, enabled=False), full_precision():
-                        with torch.no_grad():
+                        with torch.no_grad(), own_work.within:
                             function(*args)
                 except Exception as error:
                     self._error = error
@@ -209,7 +209,7 @@ class LiveGradients(Observation):
             self._traced = self._trace(args, kwargs, size)
             places = None if self._traced is None else self._traced.places
             uses = ParameterUses(
-                self._model, self._parameters, take, size, self._held, places=places
+                self._model, self._parameters, take, size, self._held, places=places, level=0
             )
             uses.__enter__()
             self._uses = uses
@@ -221,15 +221,12 @@ class LiveGradients(Observation):
         self._untraced = self._step.axes.problem
         if self._untraced is not None or size < 2:
             return None
-        self._step.is_paused = True
         try:
             batch_dim = self._step.axes.batch_dim
             return trace_of(self._model, self._parameters, args, kwargs, size, batch_dim)
         except TraceError as reason:
             self._untraced = str(reason)
             return None
-        finally:
-            self._step.is_paused = False
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
@@ -298,11 +295,7 @@ class LiveGradients(Observation):
         seen.is_used = True
         parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
         if any(delta is not None for delta in seen.deltas):
-            self._is_using = True
-            try:
-                add_operation(seen.operation, seen.deltas, parts, self._problems)
-            finally:
-                self._is_using = False
+            add_operation(seen.operation, seen.deltas, parts, self._problems)
         for tensor, factors in parts.items():
             self._gradients[tensor].parts[seen.micro_batch] += factors
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from sonde.hooks import own_work
 from sonde.hooks.taps import add_hook
 
 from .held_parameters import HeldParameters
@@ -64,6 +65,8 @@ class ParameterUses(TorchFunctionMode):
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
         places: Where they have been seen to be, by parameter; None where nobody has looked.
         needs_graph: Report only operations that gradients can come back to.
+        level: How deep within work of ours the pass runs: 0 for one of the training; by default as
+            deep as this is made. What runs deeper, such as hooks of ours, is not seen.
 
     Attributes:
         ambiguous: The parameters for which sizes do not tell where the examples are.
@@ -87,8 +90,10 @@ class ParameterUses(TorchFunctionMode):
         places: Mapping[nn.Parameter, Collection[Place]] | None = None,
         *,
         needs_graph: bool = True,
+        level: int | None = None,
     ) -> None:
         super().__init__()
+        self._level = own_work.depth() if level is None else level
         self._held = held
         self._model = model
         self._wanted = frozenset(wanted)
@@ -141,7 +146,7 @@ class ParameterUses(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = {} if kwargs is None else dict(kwargs)
-        if self._depth or self.error is not None:
+        if self._depth or self.error is not None or own_work.depth() != self._level:
             return func(*args, **named)
         if func is F.multi_head_attention_forward:
             return self._look_inside(args, named)
@@ -342,15 +347,23 @@ class ParameterUses(TorchFunctionMode):
                 weight = replayed(layout, func, args, kwargs, tensor)
                 yield Use(tensor, self._roots[key], weight.factor, weight.row_axis)
 
+    def _is_apart(self) -> bool:
+        """Tell whether a hook is called in another pass than this one, such as an evaluation."""
+        return own_work.depth() != self._level + 1
+
     def _tap(self, module: nn.Module, rule: ModuleRule) -> None:
         """Take the calls of a module whose type has a rule of its own."""
 
         def enter(*_: Any) -> None:
+            if self._is_apart():
+                return
             self._depth += 1
             for parameter in module.parameters():
                 self._held.owner_of(parameter)  # After the call a sharded one is let go of.
 
         def leave(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            if self._is_apart():
+                return
             self._depth -= 1
             if self._depth or self.error is not None:
                 return
@@ -385,6 +398,8 @@ class ParameterUses(TorchFunctionMode):
 
     def _note_order(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note how the examples of a packed sequence were sorted."""
+        if self._is_apart():
+            return
         given = args[0] if args else kwargs.get("input")
         self._unsorted = given.unsorted_indices if isinstance(given, PackedSequence) else None
 
