@@ -27,6 +27,7 @@ from .measures import (
     Predictions,
     Scalars,
 )
+from .optimizer_steps import check_optimizer
 from .probes import Probe
 from .recorder import Recorder
 from .schedule import Schedule
@@ -112,6 +113,8 @@ class Config:
             InvalidInputError: If planes are asked for and the probe does not allow them.
             SondeError: If another argument does not fit; see `Recorder`.
         """
+        if optimizer is not None:
+            check_optimizer(optimizer)  # Before a run directory is made.
         measures = self._chosen() if self.measures is None else self.measures
         recorder = Recorder(self.path, model, measures, when=self.when, **self.options)
         return recorder if optimizer is None else recorder.attach(optimizer)

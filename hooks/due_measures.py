@@ -74,6 +74,10 @@ class DueMeasures:
         """Whether a backward pass has come through since the observed step was begun."""
         return self._live is not None and self._live.has_gradients
 
+    def is_due(self, step: int) -> bool:
+        """Tell whether any measure is due at a step within an epoch."""
+        return any(self._is_due(measure, step, None) for measure in self.measures)
+
     def take_due(self, step: int, epoch: int | None = None) -> None:
         """Take what is due at a step, and at the end of an epoch if one is given."""
         for measure in list(self.measures):

@@ -26,6 +26,7 @@ from .environment import process_rank
 from .estimate import Estimate, estimate
 from .measures.base import Measure, Subject
 from .measures.scalars import latest_numbers
+from .optimizer_steps import AttachedOptimizer, SkippedUpdates
 from .record_log import RecordLog
 from .run_directory import create_run
 from .schedule import Schedule, log_spaced
@@ -62,7 +63,6 @@ class Recorder:
             this, by `estimate`.
 
     Attributes:
-        num_steps: Completed optimizer steps.
         num_epochs: Completed epochs.
 
     Raises:
@@ -93,7 +93,9 @@ class Recorder:
         max_step_bytes: int = 8 << 30,
     ) -> None:
         self.path = Path(path)
-        self.num_steps = 0
+        self._num_steps = 0  # And what is still to be known as skipped.
+        self._skipped = SkippedUpdates()
+        self._attached: AttachedOptimizer | None = None
         self.num_epochs = 0
         self._epoch_step = 0
         self._subject = Subject(unwrap(model))
@@ -141,6 +143,12 @@ class Recorder:
         self._due.begin_live(0)
 
     @property
+    def num_steps(self) -> int:
+        """Completed optimizer steps; an update that a GradScaler had skipped is none."""
+        self._num_steps -= self._skipped.take()
+        return self._num_steps
+
+    @property
     def num_records(self) -> int:
         """How many records this process has taken."""
         return self._log.num_records
@@ -154,41 +162,56 @@ class Recorder:
         """Count the steps of an optimizer, and measure after those that are due.
 
         Args:
-            optimizer: Any `torch.optim.Optimizer`. Of several that step in turn, attach one.
+            optimizer: Any `torch.optim.Optimizer` that calls its hooks. Of several that step in
+                turn, attach one. One that calls others within its step, or leaves its step to one
+                that it holds, such as SAM, is counted once for each update.
 
         Returns:
             The recorder.
 
         Raises:
-            InvalidInputError: If it is no optimizer, or one is attached already.
+            InvalidInputError: If it is no optimizer that calls hooks, or one is attached already.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidInputError(
-                f"`optimizer` is a {type(optimizer).__name__}; expected a torch.optim.Optimizer. "
-                "Without one, call recorder.step() after each step"
-            )
-        if self._subject.optimizers:
+        if self._attached is not None:
             raise InvalidInputError(
                 "an optimizer is attached already, and a step is counted once; with several "
                 "optimizers attach the one that defines a step"
             )
-
-        def before(_: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            # A closure computes gradients within the step, be they all or the last of several.
-            is_complete = not args and kwargs.get("closure") is None
-            if is_complete and self._due.has_gradients:
-                self._due.finish_live(self.num_steps)
-            self.start()
-
-        def after(*_: object) -> None:
-            self.step()
-
-        self.at_close(
-            optimizer.register_step_pre_hook(before).remove,
-            optimizer.register_step_post_hook(after).remove,
-        )
+        model = self._subject.model
+        self._attached = AttachedOptimizer(optimizer, model, self._before_update, self._updated)
+        self.at_close(self._attached.detach)
         self._subject.optimizers.append(optimizer)
         return self
+
+    def _before_update(self, is_complete: bool) -> None:
+        """Finish what is observed before the weights change, unless more gradients are to come."""
+        if is_complete and self._due.has_gradients and not self._is_update_skipped():
+            self._due.finish_live(self.num_steps)
+        self.start()
+
+    def _updated(self) -> None:
+        """Count an update, unless it was skipped; look at once only where something may be due."""
+        assert self._attached is not None  # It has called.
+        found_inf = self._attached.found_inf
+        if found_inf is not None:
+            can_wait = found_inf.device.type != "cpu" and not self._is_next_awaited()
+            if can_wait:
+                self._skipped.add(found_inf)
+                self._num_steps += 1
+                return
+            if self._is_update_skipped():
+                return
+        self.step()
+
+    def _is_update_skipped(self) -> bool:
+        found_inf = None if self._attached is None else self._attached.found_inf
+        return found_inf is not None and bool(found_inf)
+
+    def _is_next_awaited(self) -> bool:
+        """Tell whether the next step matters as such; there are never more than are counted."""
+        step = self._num_steps + 1
+        ends_epoch = bool(self._steps_per_epoch) and step % (self._steps_per_epoch or 1) == 0
+        return ends_epoch or self._due.live_step is not None or self._due.is_due(step)
 
     @property
     def scalars(self) -> Mapping[str, Any]:
@@ -198,7 +221,7 @@ class Recorder:
     @property
     def is_attached(self) -> bool:
         """Whether an optimizer is attached, which counts the steps."""
-        return bool(self._subject.optimizers)
+        return self._attached is not None
 
     def at_close(self, *ends: Callable[[], None]) -> None:
         """Call functions once when the recorder closes, such as those that remove hooks."""
@@ -216,18 +239,19 @@ class Recorder:
 
     def step(self) -> None:
         """Count one optimizer step, and measure what is due; `attach` does this by itself."""
-        self._due.finish_live(self.num_steps)
+        self._num_steps = self.num_steps  # Without those that were skipped.
+        self._due.finish_live(self._num_steps)
         if not self._has_started:
             self._due.warn_of_missed_start()
             self._has_started = True
-        self.num_steps += 1
+        self._num_steps += 1
         epoch = None
-        if self._steps_per_epoch and self.num_steps % self._steps_per_epoch == 0:
+        if self._steps_per_epoch and self._num_steps % self._steps_per_epoch == 0:
             self.num_epochs += 1
-            self._epoch_step = self.num_steps
+            self._epoch_step = self._num_steps
             epoch = self.num_epochs
-        self._due.take_due(self.num_steps, epoch)
-        self._due.begin_live(self.num_steps, epoch)
+        self._due.take_due(self._num_steps, epoch)
+        self._due.begin_live(self._num_steps, epoch)
 
     def epoch(self) -> None:
         """Say that an epoch has ended; not needed where `steps_per_epoch` is given."""
@@ -366,7 +390,7 @@ class Recorder:
                 f"recording has begun already (step {self.num_steps}); load the state before the "
                 "first step"
             )
-        self.num_steps = state["num_steps"]
+        self._num_steps = state["num_steps"]
         self.num_epochs = state["num_epochs"]
         self._has_started = True
         self._epoch_step = state.get("epoch_step", 0)
@@ -389,6 +413,9 @@ class Recorder:
         if self._is_closed:
             self._log.writer.close(reason, timeout)  # Only waits.
             return
+        no_step = None if self._attached is None else self._attached.why_no_step()
+        if no_step is not None:
+            self.warn(no_step)
         self._is_closed = True
         self._due.stop()
         for end in self._ends:

@@ -26,11 +26,12 @@ from torch.optim.optimizer import (
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, Recorder
 from sonde.hooks.environment import process_rank
+from sonde.hooks.hand_steps import HandSteps
+from sonde.hooks.optimizer_steps import StepCalls
 from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
 
 from ._first_batches import FirstBatches, cross_entropy
-from ._hand_steps import HandSteps
 from ._launch_config import LaunchConfig
 from ._run_path import launch_key, reserve, waited_for
 from .launcher import Launch, tell
@@ -59,6 +60,7 @@ class Watch:
         self._root: nn.Module | None = None
         self._recorder: Recorder | None = None
         self._optimizer: torch.optim.Optimizer | None = None  # It is stepping.
+        self._step_calls = StepCalls()
         self._hand_steps: HandSteps | None = None
         self._no_probe: str | None = None
         self._num_steps = 0
@@ -244,7 +246,7 @@ class Watch:
         self._guarded(self._on_step, optimizer)
 
     def _on_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._is_attached:
+        if self._is_attached or not self._step_calls.enter():
             return
         self._optimizer = optimizer
         if self._root is None or not self._holds(optimizer):
@@ -258,11 +260,18 @@ class Watch:
         self._guarded(self._on_stepped, optimizer)
 
     def _on_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = None
+        has_ended = self._step_calls.leave()
+        if has_ended:
+            self._optimizer = None
         if self._is_attached:
             self._before.remove()
             return
-        if self._root is not None and self._recorder is None and self._holds(optimizer):
+        if (
+            has_ended
+            and self._root is not None
+            and self._recorder is None
+            and self._holds(optimizer)
+        ):
             self._num_steps += 1
             self._hand_steps = None
 

@@ -247,21 +247,6 @@ def test_closing_lets_go_of_the_optimizer(
     assert sonde.open_run(tmp_path / "run").steps() == [0, 1, 2]
 
 
-def test_an_optimizer_that_takes_no_hooks_is_not_attached(
-    tmp_path: Path, conv_net: nn.Module
-) -> None:
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer = optimizer  # Without the base class: no place for hooks.
-
-    optimizer = torch.optim.SGD(conv_net.parameters(), lr=0.1)
-    recorder = sonde.Recorder(tmp_path / "run", conv_net, [sonde.Scalars()])
-    with pytest.raises(AttributeError):
-        recorder.attach(Wrapper(optimizer))
-    recorder.attach(optimizer)
-    recorder.close()
-
-
 def test_lazy_layers_are_not_made_by_a_probe(tmp_path: Path) -> None:
     model = nn.LazyLinear(3)
     recorder = sonde.Recorder(
