@@ -21,6 +21,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from sonde.exceptions import InvalidInputError, MismatchError
+from sonde.log.products import owner_of
 
 from ._select import measure_log, select_steps
 from .kernels import Array, Real
@@ -148,6 +149,7 @@ def stiffness(
             (fine class to superclass), None not at all.
         steps: Recorded steps, negative ones counted from the last; all if None.
         layer: Only the parameters of this layer; those of all recorded layers together if None.
+            With `store=Full()` it may also be the name of one parameter.
         source: Source of the examples; the default source of the measure if None.
 
     Returns:
@@ -180,7 +182,7 @@ def stiffness(
     num_examples, num_zero, num_nonfinite = 0, [], []
     summaries: dict[str, list[Summary]] = {kind: [] for kind in _KINDS}
     for step in selected:
-        gram = log.gram(step) if layer is None else log[layer].gram(step)
+        gram = log.gram(step, layer)
         num_examples = len(gram)
         squares = np.diagonal(gram)
         num_zero.append(int(np.count_nonzero(squares <= 0)))
@@ -204,7 +206,7 @@ def stiffness(
         "source": log.source,
         "by": by if isinstance(by, str) else "none" if by is None else "superclass",
         **_coverage(run, log, layer),
-        "layers": ", ".join(log.layers) if layer is None else layer,
+        "layers": ", ".join(_layers(log)) if layer is None else layer,
         "num_examples": num_examples,
     }
     return result
@@ -217,12 +219,7 @@ def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | i
         if note["event"] == "coverage" and note.get("source") == log.source:
             kinds = note["parameters"]
     if layer is not None:
-        owned = f"{layer}." if layer else ""
-        kinds = {
-            name: kind
-            for name, kind in kinds.items()
-            if name.startswith(owned) and "." not in name.removeprefix(owned)
-        }
+        kinds = {name: kind for name, kind in kinds.items() if layer in (name, owner_of(name))}
     given = ("exact", "fallback")
     included = [name for name, kind in kinds.items() if kind.startswith(given)]
     left_out = [f"{name} ({kind})" for name, kind in kinds.items() if not kind.startswith(given)]
@@ -232,6 +229,12 @@ def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | i
         "num_parameters": len(included),
         "num_unsupported": sum(kind.startswith("unsupported") for kind in kinds.values()),
     }
+
+
+def _layers(log: MeasureLog) -> list[str]:
+    """Name the layers; of gradients kept parameter by parameter, those that own the parameters."""
+    names = [owner_of(n) if f == "full" else n for n, f in log.streams if n is not None]
+    return list(dict.fromkeys(names))
 
 
 def _labels(log: MeasureLog, by: Mapping[Any, Hashable] | str, step: int) -> _Labels:

@@ -17,6 +17,7 @@ from sonde.exceptions import (
     StepNotFoundError,
 )
 
+from . import products
 from .examples import Examples
 from .parts import Part, StreamKey, StreamShape
 from .payload import widened, wider
@@ -209,29 +210,14 @@ class MeasureLog:
 
         Returns:
             float64 [examples, examples], computed from whichever store was kept. From a sketch it
-            is an unbiased estimate.
+            is an unbiased estimate. From per-example gradients kept by `Full`, it is the sum over
+            the parameters of the layer, read one after the other.
 
         Raises:
             StepNotFoundError: If the step was not recorded.
             LayerNotFoundError: If the record has no such layer.
         """
-        if layer is None and "sketch_total" in self.fields(None):
-            rows = self.array("sketch_total", step).astype(np.float64)
-            estimate: npt.NDArray[np.float64] = rows @ rows.T
-            return estimate
-        if layer is None:
-            return self.array("gram_total", step).astype(np.float64)
-        fields = self._check_layer(layer)
-        if "gram" in fields:
-            return self.array("gram", step, layer).astype(np.float64)
-        if "gram_blocks" in fields:
-            raise LayerNotFoundError(
-                f"'{self.measure}' kept only blocks of the Gram matrix of layer '{layer}'; read "
-                "them by gram_blocks(), or record it with store=Gram()"
-            )
-        features = self.features(layer, step).astype(np.float64)
-        product: npt.NDArray[np.float64] = features @ features.T
-        return product
+        return products.gram(self, step, layer)
 
     def cross_gram(
         self, step: int, other_step: int, layer: str | None = None
@@ -244,7 +230,7 @@ class MeasureLog:
         Args:
             step: The step of the rows; negative numbers count from the end.
             other_step: The step of the columns.
-            layer: The layer; None is the sum over all layers, where the measure has sketches.
+            layer: The layer; None is the sum over all layers, of per-example gradients.
 
         Returns:
             float64 [examples, examples of the other step].
@@ -253,12 +239,7 @@ class MeasureLog:
             StepNotFoundError: If a step was not recorded.
             LayerNotFoundError: If the record has no such layer, or keeps only Gram matrices.
         """
-        rows, columns = (
-            (self.array("sketch_total", at) if layer is None else self.features(layer, at))
-            for at in (step, other_step)
-        )
-        product: npt.NDArray[np.float64] = rows.astype(np.float64) @ columns.astype(np.float64).T
-        return product
+        return products.cross_gram(self, step, other_step, layer)
 
     def gram_blocks(self, layer: str, step: int = -1) -> list[npt.NDArray[np.float64]]:
         """Return the Gram matrix of a layer by blocks of examples: one, unless only some were kept.
