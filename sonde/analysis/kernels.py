@@ -63,9 +63,13 @@ def center(gram: Real, unbiased: bool = True) -> Array:
 def center_blocks(grams: Sequence[Real], unbiased: bool = True) -> Array:
     """Center a Gram matrix of which only diagonal blocks are known.
 
-    Inner products of what it returns are the sum of HSIC over the blocks, and CKA of it is
-    minibatch CKA (Nguyen et al., 2021, 2010.15327, section 3). A single block is centred as
-    `center` does.
+    CKA of what it returns is minibatch CKA, a ratio of means over blocks (Nguyen et al., 2021,
+    2010.15327, section 3). The study has blocks of equal size and counts them equally. Here a block
+    of n examples counts n(n - 3), or (n - 1)² where biased, because that is what the inner product
+    of two centred blocks is, in units of its HSIC. HSIC₁ of every block has the same mean, so any
+    weights that depend on sizes alone leave a mean over blocks unbiased; the variance of HSIC₁
+    between unrelated layers is proportional to 1/(n(n - 3)), so these give the least variance. Of
+    blocks of 32, 32, 32 and 4 examples, equal weights would let the last one make nearly all of it.
 
     Args:
         grams: Symmetric matrices [examples, examples], one per block.
@@ -78,17 +82,14 @@ def center_blocks(grams: Sequence[Real], unbiased: bool = True) -> Array:
         InvalidInputError: If a block is not square and symmetric, or not finite, or all are too
             small.
     """
-    if len(grams) == 1:
-        return center(grams[0], unbiased).ravel()
     smallest = 4 if unbiased else 2
-    vectors = []
-    for gram in grams:
-        num = len(gram)
-        if num < smallest <= max(len(other) for other in grams):
-            vectors.append(np.zeros(gram.size))
-            continue
-        pairs = num * (num - 3) if unbiased else (num - 1) ** 2
-        vectors.append(center(gram, unbiased).ravel() / math.sqrt(pairs))
+    is_any_large_enough = max(len(gram) for gram in grams) >= smallest
+    vectors = [
+        np.zeros(gram.size)
+        if len(gram) < smallest and is_any_large_enough
+        else center(gram, unbiased).ravel()
+        for gram in grams
+    ]
     return np.concatenate(vectors)
 
 

@@ -272,3 +272,60 @@ def test_rbf_threshold_must_be_positive() -> None:
 def test_rbf_needs_different_examples() -> None:
     with pytest.raises(InvalidInputError, match="median distance of 0 between examples"):
         kernels.rbf_gram(np.ones((4, 2)))
+
+
+def _blocks(gram: Array, sizes: list[int]) -> list[Array]:
+    ends = np.cumsum(sizes)
+    return [gram[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_blocks_count_by_the_pairs_they_hold(unbiased: bool) -> None:
+    sizes = [9, 6, 5]
+    x, y = (_blocks(_gram(seed), sizes) for seed in (0, 1))
+    weights = [n * (n - 3) if unbiased else (n - 1) ** 2 for n in sizes]
+    expected = sum(
+        weight * kernels.hsic(k, m, unbiased=unbiased)
+        for weight, k, m in zip(weights, x, y, strict=True)
+    )
+    actual = np.vdot(kernels.center_blocks(x, unbiased), kernels.center_blocks(y, unbiased))
+    assert actual == pytest.approx(expected)
+
+
+def test_blocks_of_equal_size_give_the_ratio_of_means_of_the_study() -> None:
+    x, y = (_blocks(_gram(seed), [10, 10]) for seed in (0, 1))
+
+    def mean_hsic(grams: list[Array], others: list[Array]) -> float:
+        return float(np.mean([kernels.hsic(k, m) for k, m in zip(grams, others, strict=True)]))
+
+    stack, others = (kernels.center_blocks(blocks)[None] for blocks in (x, y))
+    expected = mean_hsic(x, y) / np.sqrt(mean_hsic(x, x) * mean_hsic(y, y))
+    assert kernels.centered_cka(stack, others)[0, 0] == pytest.approx(expected)
+
+
+def test_a_short_block_hardly_adds_to_the_spread() -> None:
+    # Between unrelated layers the variance of HSIC₁ of n examples goes with 1 / (n(n - 3)): with
+    # 32, 32, 32 and 4 of them it should be near that of the first three blocks alone.
+    def values(sizes: list[int]) -> Array:
+        found = []
+        for seed in range(200):
+            stacks = [
+                kernels.center_blocks(_blocks(_gram(seed + 1000 * side, 100), sizes))[None]
+                for side in (1, 2)
+            ]
+            found.append(kernels.centered_cka(*stacks)[0, 0])
+        return np.array(found)
+
+    with_short, without = values([32, 32, 32, 4]), values([32, 32, 32])
+    assert with_short.std() < 1.1 * without.std()
+
+
+def test_blocks_too_small_to_be_centered_are_zero() -> None:
+    vector = kernels.center_blocks(_blocks(_gram(0), [17, 3]))
+    assert np.flatnonzero(vector[17 * 17 :]).tolist() == []
+    np.testing.assert_array_equal(vector[: 17 * 17], kernels.center(_gram(0)[:17, :17]).ravel())
+
+
+def test_blocks_that_are_all_too_small_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="has 3 examples; expected at least 4"):
+        kernels.center_blocks(_blocks(_gram(0, 6), [3, 3]))
