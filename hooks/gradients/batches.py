@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
+from sonde.hooks.float64_heads import FLOAT64, Float64Heads
 from sonde.hooks.losses import Loss, example_losses
 from sonde.hooks.probes import Inputs, call
 from sonde.hooks.taps import tensor_leaves
@@ -28,6 +29,7 @@ from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
 from .operations import Operation, Use
 from .parameter_uses import ParameterUses
+from .saturation import Logits
 
 # Gradients with respect to what is computed from parameters are taken on in blocks of this size.
 _CHAIN_BYTES = 64 << 20
@@ -44,6 +46,8 @@ class BatchGradients:
         couplings: What makes gradients of an example depend on the others.
         losses: The loss of each example, where it is known; [examples].
         ambiguous: The parameters for which sizes do not tell where the examples are.
+        are_saturated: Which examples float32 would have saturated, [examples]; None if not known.
+        head: The precision of the losses.
     """
 
     num_examples: int
@@ -52,6 +56,8 @@ class BatchGradients:
     couplings: list[str] = field(default_factory=list)
     losses: Tensor | None = None
     ambiguous: set[nn.Parameter] = field(default_factory=set)
+    are_saturated: Tensor | None = None
+    head: str = FLOAT64
 
 
 def batch_gradients(
@@ -94,16 +100,21 @@ def batch_gradients(
     wanted = list(wanted)
     uses = ParameterUses(model, wanted, take, num_examples, held, choices)
     with torch.enable_grad():
-        with uses:
+        with uses, Float64Heads() as heads:
             outputs = call(model, inputs)
         if uses.error is not None:
             raise uses.error
-        total, losses = _loss_of(loss, outputs, targets, num_examples, output_axes)
+        total, losses = _loss_of(loss, outputs, targets, num_examples, output_axes, heads)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
-        found = list(torch.autograd.grad(total, known, allow_unused=True)) if known else []
+        logits = Logits(outputs, num_examples, output_axes, heads)
+        ends = [*known, *logits.edges] if known else []
+        found = list(torch.autograd.grad(total, ends, allow_unused=True)) if ends else []
     result = BatchGradients(
         num_examples, couplings=uses.couplings, losses=losses, ambiguous=uses.ambiguous
     )
+    result.are_saturated = logits.are_saturated(found[len(known) :])
+    del found[len(known) :]
+    result.head = FLOAT64 if heads.refusal is None else f"as the model's outputs: {heads.refusal}"
     parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
     result.problems = dict(uses.problems)
     with torch.no_grad(), GatheredValues(model) as values:
@@ -201,11 +212,12 @@ def _loss_of(
     targets: Tensor | None,
     num_examples: int,
     output_axes: OutputAxes | None,
+    heads: Float64Heads,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the examples' losses, and each of them where it is known."""
     if loss is None:
         return loss_of_model(outputs) * num_examples, None
-    losses = example_losses(loss, outputs, targets, num_examples, output_axes)
+    losses = example_losses(loss, outputs, targets, num_examples, output_axes, heads)
     return losses.sum(), losses.detach()
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.losses import Loss
+from sonde.hooks.float64_heads import Float64Heads
+from sonde.hooks.losses import Loss, example_loss
 from sonde.hooks.probes import Probe, call, device_of
 
 from .batches import BatchGradients, loss_of_model
@@ -81,8 +82,12 @@ def _gradients_alone(
     """Return the gradients of one example, run in a batch of its own, flattened."""
     with torch.enable_grad():
         inputs, targets = probe.rows(slice(row, row + 1), device_of(model))
-        outputs = call(model, inputs)
-        value = loss_of_model(outputs) if loss is None else loss(outputs, targets).sum()
+        with Float64Heads() as heads:
+            outputs = call(model, inputs)
+        if loss is None:
+            value = loss_of_model(outputs)
+        else:
+            value = example_loss(loss, outputs, targets, heads).sum()
         gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     return [
         (torch.zeros_like(t) if g is None else g).detach().to_dense().flatten()

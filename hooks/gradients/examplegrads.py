@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
+from sonde.hooks.float64_heads import FLOAT64
 from sonde.hooks.losses import Loss
 from sonde.hooks.probes import PassingProbe, Probe, arguments_of, undisturbed
 from sonde.hooks.random_states import RandomStates
@@ -63,6 +64,9 @@ class ExampleGradientResult:
         norms: The norm of each example's gradient over all covered parameters, float64 [examples].
         layer_norms: The same for each layer.
         coverage: For each parameter `exact`, `fallback: why`, `frozen`, or `unsupported: why`.
+        head: The precision of the losses: `float64`, or that of the outputs and why.
+        saturated: The examples whose gradient float32 would have rounded at the head, bool
+            [examples]; None where it is not known, as of parameters by the fallback alone.
     """
 
     total: Tensor | None = None
@@ -71,6 +75,8 @@ class ExampleGradientResult:
     norms: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     layer_norms: dict[str, Tensor] = field(default_factory=dict)
     coverage: dict[str, str] = field(default_factory=dict)
+    head: str = FLOAT64
+    saturated: Tensor | None = None
 
     def __repr__(self) -> str:
         kinds = [kind.partition(":")[0] for kind in self.coverage.values()]
@@ -98,6 +104,11 @@ def example_gradients(
     For each shape of a batch, every parameter is held once against the gradients of two examples
     that are run alone. What no rule covers, or does not pass, is given to `torch.func`; what that
     cannot transform is named.
+
+    The loss sees the model's outputs in float64, and what ends a model in it, such as log-softmax
+    or a loss of its own, is computed in float64; the rest of the model stays as it is. In float32
+    softmax − one-hot rounds the true class's entry to 0 where the model is sure of an example, so
+    that a third of its gradient's direction is left.
 
     Args:
         model: The model.
@@ -191,6 +202,8 @@ class _Evaluation:
         self._held = HeldParameters(model)
         self._problems: Problems = {}
         self._unsupported: Problems = {}
+        self._saturated: dict[int, Tensor | None] = {}
+        self._head = FLOAT64
 
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
@@ -209,7 +222,14 @@ class _Evaluation:
             result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
         result.total, result.layers, result.parameters = kept.total(), kept.layers, kept.parameters
         result.norms, result.layer_norms = kept.norms()
+        result.head, result.saturated = self._head, self._are_saturated()
         return result
+
+    def _are_saturated(self) -> Tensor | None:
+        """Return which of the first examples are saturated, if that is known of each."""
+        found = [self._saturated.get(rows.start) for rows in self._probes[0].slices()]
+        known = [mask.cpu() for mask in found if mask is not None]
+        return torch.cat(known) if len(known) == len(found) else None
 
     def _kept_of(self, trained: list[OwnedParameter]) -> KeptGradients:
         """Return what the store keeps of all examples, but of parameters known as unsupported."""
@@ -283,6 +303,9 @@ class _Evaluation:
         remaining = [p for p in group if p.name not in problems]
         while remaining:
             batch = self._by_rules(at, examples, verdict, remaining)
+            self._head = self._head if batch.head == FLOAT64 else batch.head
+            if at == 0:
+                self._saturated[rows.start] = batch.are_saturated
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
             remaining = self._check(verdict, batch, examples, remaining)
         others = [p for p in group if p.name in problems and p.name not in self._unsupported]

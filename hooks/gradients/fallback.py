@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sonde.hooks.example_axes import ExampleAxes
-from sonde.hooks.losses import Loss
+from sonde.hooks.float64_heads import Float64Heads
+from sonde.hooks.losses import Loss, example_loss
 from sonde.hooks.probes import Inputs, call, map_inputs
 
 from .batches import loss_of_model
@@ -50,11 +51,12 @@ def fallback_gradients(
 
     def loss_alone(given: dict[str, Tensor], row: Inputs, target: Tensor | None) -> Tensor:
         alone = map_inputs(lambda x, axis: x.unsqueeze(axis), row, axes)
-        outputs = torch.func.functional_call(_Called(model), _prefixed(given), (alone,))
+        with Float64Heads() as heads:
+            outputs = torch.func.functional_call(_Called(model), _prefixed(given), (alone,))
         if loss is None:
             return loss_of_model(outputs)
         lifted = None if target is None else target.unsqueeze(target_axis)
-        return loss(outputs, lifted).reshape(())
+        return example_loss(loss, outputs, lifted, heads).reshape(())
 
     where = example_axes or ExampleAxes()
     axes = map_inputs(where.of, inputs)

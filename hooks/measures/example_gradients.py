@@ -17,6 +17,7 @@ from sonde.hooks.gradients.owned_parameters import (
     OwnedParameter,
     owned_parameters,
 )
+from sonde.hooks.gradients.saturation import head_attributes
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.losses import Loss
 from sonde.hooks.probes import Probe
@@ -38,6 +39,14 @@ class ExampleGradients(LayerMeasure):
     the store keeps of each layer and, as `gram_total` or `sketch_total`, of their sum, and norms
     of gradients. How each parameter is covered stands in the log: `exact`, `fallback` to
     torch.func, `frozen`, or `unsupported`; what is unsupported is named in one warning, too.
+
+    On a probe the loss sees the model's outputs in float64, as does what ends the model, such as
+    log-softmax. In float32 softmax − one-hot rounds the true class's entry to 0 where the model is
+    sure of an example, and its gradient keeps a third of its direction. The study very probably
+    computed in float32, so that its late stiffness has this rounding in it. Each record says which
+    examples float32 would have rounded, `is_saturated`, and in its attributes how many these are,
+    how many gradients are zero, and the precision of the `head`. The training's own passes are
+    recorded as they are, in its own precision; there the first saturated example is warned of.
 
     `ExampleGradients(TRAINING)` takes them from the training's own passes, of every micro-batch
     between a due step and the next one, at no extra pass. `Recorder.batch` gives the loss, whose
@@ -128,7 +137,7 @@ class ExampleGradients(LayerMeasure):
             num_layers = 1 + len({p.layer for p in trained}) * self.per_layer
             kept = num_layers * self.store.kept_bytes(n, (), dtype)
         num_norms = 1 + len({p.layer for p in trained}) * self.per_layer
-        return kept + num_norms * n * 8
+        return kept + num_norms * n * 8 + n  # The last are of `is_saturated`.
 
     def record(self, subject: Subject) -> Recording:
         """Compute the gradients of the probe.
@@ -159,8 +168,11 @@ class ExampleGradients(LayerMeasure):
             result.norms,
             result.layer_norms,
         )
+        head = head_attributes(result.head, result.saturated, result.norms)
+        if result.saturated is not None:
+            arrays.append(to_log_array(result.saturated, "is_saturated", ("example",)))
         coverage = {"parameters": result.coverage}
-        return Recording(arrays, missing=missing, notes={"coverage": coverage})
+        return Recording(arrays, head, missing, {"coverage": coverage})
 
     def observe(self, subject: Subject, step: TrainingStep) -> LiveGradients:
         """Begin to take the gradients of the training's next passes."""

@@ -203,7 +203,8 @@ def test_the_total_alone_can_be_kept(
 ) -> None:
     measure = sonde.ExampleGradients(sonde.Probe(images, classes), F.cross_entropy, per_layer=False)
     run = record(tmp_path, conv_net, measure)
-    assert run.example_gradients.streams == [(None, "gram_total"), (None, "norm_total")]
+    fields = ("gram_total", "norm_total", "is_saturated")
+    assert run.example_gradients.streams == [(None, field) for field in fields]
 
 
 class Unseen(nn.Module):
