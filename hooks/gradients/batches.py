@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.example_axes import OutputAxes
+from sonde.hooks.example_axes import ExampleAxes, OutputAxes
 from sonde.hooks.float64_heads import FLOAT64, Float64Heads
 from sonde.hooks.losses import Loss, example_losses
 from sonde.hooks.probes import Inputs, call
@@ -106,7 +106,10 @@ def batch_gradients(
             raise uses.error
         total, losses = _loss_of(loss, outputs, targets, num_examples, output_axes, heads)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
-        logits = Logits(outputs, num_examples, output_axes, heads)
+        axes = output_axes or OutputAxes(ExampleAxes())
+        # Where nothing else needs to know where the examples are, the model is not run for it.
+        axes = axes if loss is not None else OutputAxes(axes.inputs)
+        logits = Logits(outputs, num_examples, axes, heads)
         ends = [*known, *logits.edges] if known else []
         found = list(torch.autograd.grad(total, ends, allow_unused=True)) if ends else []
     result = BatchGradients(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from sonde.hooks.example_axes import ExampleAxes, OutputAxes
+from sonde.exceptions import InvalidInputError
+from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.float64_heads import Float64Heads
 from sonde.hooks.taps import tensor_leaves
 
@@ -38,7 +39,7 @@ class Logits:
     Args:
         outputs: What the model returned.
         num_examples: The number of examples.
-        output_axes: Tells where they are; by default along the first axis.
+        output_axes: Tells where they are.
         heads: What saw the model make the outputs.
 
     Attributes:
@@ -49,11 +50,11 @@ class Logits:
         self,
         outputs: Any,
         num_examples: int,
-        output_axes: OutputAxes | None = None,
+        output_axes: OutputAxes,
         heads: Float64Heads | None = None,
     ) -> None:
         self._num_examples = num_examples
-        self._axes = output_axes or OutputAxes(ExampleAxes())
+        self._axes = output_axes
         self._paths: list[str] = []
         self.edges: list[GradientEdge] = []
         found = tensor_leaves(outputs)
@@ -75,7 +76,10 @@ class Logits:
         for path, gradient in zip(self._paths, gradients, strict=bool(gradients)):
             if gradient is None:
                 continue
-            axis = self._axes.of(path, gradient.shape, self._num_examples)
+            try:
+                axis = self._axes.of(path, gradient.shape, self._num_examples)
+            except InvalidInputError:  # It may be one of several.
+                return None
             if axis is None:
                 return None
             sums = half_sums(gradient, axis)
