@@ -226,7 +226,8 @@ def program(name: str) -> str:
 def accuracy(run: sonde.Run, source: str) -> float:
     """Return the share of correct predictions at the last recorded step."""
     log = run["predictions", source]
-    return float((log.array("logits").argmax(1) == log.targets).mean())
+    predicted = sonde.analysis.predicted_classes(log.array("logits"), log.targets)
+    return float((predicted == log.targets).mean())
 
 
 if __name__ == "__main__":

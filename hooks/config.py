@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sonde.exceptions import InvalidInputError
 
+from .default_loss import DefaultLoss
 from .losses import Loss
 from .measures import (
     Activations,
@@ -31,6 +31,7 @@ from .optimizer_steps import check_optimizer
 from .probes import Probe
 from .recorder import Recorder
 from .schedule import Schedule
+from .scores import Output
 from .select import Selector
 from .training import TRAINING
 
@@ -49,6 +50,8 @@ class Config:
         measures: What to record; None chooses.
         probe: The examples to measure on: a `Probe`, or what one takes.
         loss: (outputs, targets) to a scalar; by default cross-entropy, if targets are integers.
+        output: Which output of the model is recorded as predictions, decides on planes and goes
+            into the default loss, as for `Predictions`; None where it is clear.
         layers: The layers whose activations are recorded; None takes every module without children.
         when: When to measure; by default log-spaced, for ever.
         planes: How many decision planes through the probe's examples; they need floating-point
@@ -68,6 +71,7 @@ class Config:
     measures: Sequence[Measure] | None = None
     probe: Probe | Any | None = None  # Any: what a Probe takes.
     loss: Loss | None = None
+    output: Output | None = None
     layers: Selector | Sequence[Selector] | None = None
     when: Schedule | None = None
     planes: int = 0
@@ -84,14 +88,15 @@ class Config:
             raise InvalidInputError(
                 f"`reduction` (={self.reduction!r}) must be 'mean', 'sum' or None"
             )
-        chosen = [name for name in ("probe", "loss", "layers", "planes") if self._is_given(name)]
+        names = ("probe", "loss", "output", "layers", "planes")
+        chosen = [name for name in names if self._is_given(name)]
         named = ", ".join(f"`{name}`" for name in chosen)
         if self.measures is not None and chosen:
             raise InvalidInputError(
                 f"`measures` say all that is recorded; leave out {named}, or "
                 "give it to the measures themselves"
             )
-        without_use = [name for name in ("loss", "planes") if self._is_given(name)]
+        without_use = [name for name in ("loss", "output", "planes") if self._is_given(name)]
         if self.measures is None and self.probe is None and without_use:
             raise InvalidInputError(
                 f"`{without_use[0]}` needs a probe; give probe=sonde.Probe(inputs, targets)"
@@ -119,6 +124,19 @@ class Config:
         recorder = Recorder(self.path, model, measures, when=self.when, **self.options)
         return recorder if optimizer is None else recorder.attach(optimizer)
 
+    def without_outputs(self) -> Config:
+        """Return what it chooses but for measures that need to know which output is meant."""
+        assert self.measures is None
+        kept = [m for m in self._chosen() if isinstance(m, Activations | Scalars)]
+        return Config(
+            self.path,
+            kept,
+            when=self.when,
+            id_key=self.id_key,
+            reduction=self.reduction,
+            options=self.options,
+        )
+
     def _is_given(self, name: str) -> bool:
         given = getattr(self, name)
         return given is not None and (name != "planes" or bool(given))
@@ -132,10 +150,12 @@ class Config:
         has_classes = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
         measures: list[Measure] = [
             Activations(examples, self.layers),
-            Predictions(examples),
+            Predictions(examples, output=self.output),
             Scalars(),
         ]
-        loss = F.cross_entropy if self.loss is None and has_classes else self.loss
+        loss = self.loss
+        if loss is None and targets is not None and has_classes:
+            loss = DefaultLoss(targets, self.output)
         if loss is not None and targets is not None:
             measures.append(ExampleGradients(examples, loss))
         if self.planes:
@@ -156,6 +176,7 @@ class Config:
             triplets=self.planes,
             resolution=self.resolution,
             ids=examples.ids,
+            output=self.output,
         )
 
 

@@ -23,6 +23,7 @@ from .config_values import (
     name_and_arguments,
     to_layers,
     to_loss,
+    to_output,
     to_schedule,
     to_store,
 )
@@ -43,6 +44,7 @@ _CONVERTERS: Mapping[str, Converter] = {
     "store": to_store,
     "layers": to_layers,
     "loss": to_loss,
+    "output": to_output,
 }
 _HINTS = {**hints_of(Recorder), **hints_of(Config)}
 
@@ -53,8 +55,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     Measures, schedules and stores are written by name, with the arguments they have in Python:
     `- activations: {layers: ["layer*.*"], store: {sketch: 256}, when: {every: 100}}`. The top level
     holds arguments of `Config` and of `Recorder`, and under `probes` sources of examples by name:
-    `test: {entry: "data.py:make_probe"}`. Measures that do not say their probe or their loss take
-    `probe` and `loss` of the top level.
+    `test: {entry: "data.py:make_probe"}`. Measures that do not say their probe, loss or output take
+    `probe`, `loss` and `output` of the top level.
 
     Args:
         path: The file.
@@ -126,7 +128,8 @@ class ConfigFile:
             options["probe"] = self._probe()
         else:
             options["measures"] = self._measures(self.given["measures"])
-            options.pop("loss", None)  # The measures have it where they need it.
+            for name in ("loss", "output"):
+                options.pop(name, None)  # The measures have it where they need it.
         path = options.pop("path", None)
         if path is None:
             raise self.place.error("`path` is missing: the run directory")
@@ -170,8 +173,9 @@ class ConfigFile:
         if not isinstance(arguments, Mapping):
             arguments = {key or next(iter(parameters)): arguments}
         arguments = dict(arguments)
-        if "loss" in parameters and self.given.get("loss") is not None:
-            arguments.setdefault("loss", self.given["loss"])
+        for shared in ("loss", "output"):
+            if shared in parameters and self.given.get(shared) is not None:
+                arguments.setdefault(shared, self.given[shared])
         converters = dict(_CONVERTERS)
         if key is not None:
             source = self._source(kind, arguments.pop(key, None), here, key)

@@ -26,6 +26,7 @@ from torch import nn
 from sonde.exceptions import InvalidInputError, SondeError
 
 from .schedule import Schedule, at, epochs, every, log_spaced
+from .scores import Output
 from .select import Selector
 from .stores import Full, Gram, Sketch
 
@@ -280,6 +281,20 @@ def to_loss(given: Any, place: Place) -> Any:
         raise place.unexpected(arguments, f"no arguments, as {name} is a function")
     if not callable(found):
         raise place.unexpected(given, "a function of (outputs, targets)")
+    return found
+
+
+def to_output(given: Any, place: Place) -> Output:
+    """Return which output of a model is meant; `file.py:function` is imported.
+
+    Raises:
+        InvalidInputError: If it is neither text nor a whole number.
+    """
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise place.unexpected(given, "the name, position or path of an output, such as logits")
+    if isinstance(given, int) or ":" not in given:
+        return given
+    found: Output = entry(given, place)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -13,10 +14,11 @@ from torch import Tensor
 from sonde.exceptions import InvalidInputError
 
 from .class_losses import ClassLoss, are_classes, class_loss_of
+from .default_loss import DefaultLoss
 from .example_axes import ExampleAxes, OutputAxes
 from .float64_heads import WIDE_BYTES, Float64Heads, is_narrow, is_wide
 from .recomputed import recomputed
-from .taps import map_tensors, tensor_leaves
+from .taps import map_tensors, tensor_leaves, tensor_paths
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """The loss of a batch: (outputs, targets) to a scalar, such as `F.cross_entropy`."""
@@ -50,6 +52,8 @@ def example_losses(
     """
     heads = Float64Heads() if heads is None else heads
     where = output_axes or OutputAxes(ExampleAxes())
+    if isinstance(loss, DefaultLoss):
+        loss, outputs = loss.taken(outputs, num_examples)
     of_classes = class_loss_of(loss)
     if of_classes is not None and not where.inputs.batch_dim and are_classes(outputs, targets):
         if of_classes.reduction != "none" and len(outputs) == num_examples:
@@ -74,9 +78,33 @@ def example_losses(
     except InvalidInputError:
         raise
     except Exception as error:  # Such as of a loss that is compiled for float32.
-        losses = rows.losses(num_examples, None)
+        with told_of(loss, outputs):
+            losses = rows.losses(num_examples, None)
         heads.refusal = str(error).strip().partition("\n")[0] or type(error).__name__
         return losses
+
+
+@contextmanager
+def told_of(loss: Loss, outputs: Any) -> Iterator[None]:
+    """Say of a loss that fails on outputs that are no tensor what it was given.
+
+    Raises:
+        InvalidInputError: In place of what it raises.
+    """
+    try:
+        yield
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        if isinstance(outputs, Tensor):
+            raise
+        shapes = ", ".join(f"{path} {list(x.shape)}" for path, x in tensor_paths(outputs))
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise InvalidInputError(
+            f"`loss` ({name}) failed on what the model returns, a {type(outputs).__name__} of "
+            f"{shapes}: {type(error).__name__}: {error}. Give a function of all of that, such as "
+            f"lambda outputs, targets: {name}(outputs['logits'], targets)"
+        ) from error
 
 
 def example_loss(loss: Loss, outputs: Any, targets: Tensor | None, heads: Float64Heads) -> Tensor:

@@ -153,10 +153,15 @@ def tensor_leaves(output: Any) -> list[tuple[str, Tensor]]:
         is the way to the tensor, such as `[0]` or `[hidden][1]`. A packed sequence is padded with
         zeros, [batch, time, …].
     """
-    leaves = list(_leaves(output, ""))
+    leaves = tensor_paths(output)
     if len(leaves) == 1:
         return [("", leaves[0][1])]
     return leaves
+
+
+def tensor_paths(output: Any) -> list[tuple[str, Tensor]]:
+    """List the tensors of an output as `tensor_leaves` does, with the way to a single one, too."""
+    return list(_leaves(output, ""))
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:

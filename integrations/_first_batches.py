@@ -6,12 +6,10 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
-from sonde.hooks.measures.predictions import logits_of
 
 # Arguments of a model that are targets: with them it computes its loss by itself.
 _TARGETS = ("labels", "label", "targets", "target")
@@ -88,11 +86,6 @@ class FirstBatches:
         if any(last[name].shape[1:] != tensor.shape[1:] for name, tensor in batch.items()):
             return False
         return not all(torch.equal(last[name], tensor) for name, tensor in batch.items())
-
-
-def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of a model's `logits`, for outputs that are more than a tensor."""
-    return F.cross_entropy(logits_of(outputs)[1], targets)
 
 
 def _named_inputs(

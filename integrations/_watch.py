@@ -25,13 +25,15 @@ from torch.optim.optimizer import (
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, Recorder
+from sonde.hooks.config import Config
 from sonde.hooks.environment import process_rank
 from sonde.hooks.hand_steps import HandSteps
 from sonde.hooks.optimizer_steps import StepCalls
+from sonde.hooks.scores import OutputChoiceError
 from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
 
-from ._first_batches import FirstBatches, cross_entropy
+from ._first_batches import FirstBatches
 from ._launch_config import LaunchConfig
 from ._run_path import launch_key, reserve, waited_for
 from .launcher import Launch, tell
@@ -194,8 +196,6 @@ class Watch:
         needs_probe = self._config.needs_first and self._no_probe is None
         probe = self._batches.probe(rank) if needs_probe else None
         others: dict[str, Any] = {}
-        if probe is not None and self._config.chooses and _has_classes(probe):
-            others["loss"] = cross_entropy
         if num_ranks > 1:
             others["options"] = {"config": {"launch": launch_key(os.environ)}}
         path = Path("runs") / self._launch.name
@@ -203,7 +203,7 @@ class Watch:
             path = reserve(path) if rank == 0 else waited_for(path, launch_key(os.environ))
         try:
             config = self._config.make(path, probe, **others)
-            recorder = config.recorder(self._model)
+            recorder = self._recorder_of(config)
         except BaseException:
             if not self._config.has_path and rank == 0 and not any(path.iterdir()):
                 path.rmdir()
@@ -217,6 +217,20 @@ class Watch:
         recorder.start()
         if self._optimizer is not None and self._holds(self._optimizer):
             self._attach(self._optimizer)  # It runs this forward pass in its closure.
+
+    def _recorder_of(self, config: Config) -> Recorder:
+        """Make the recorder; where nothing says what is measured, without what cannot be.
+
+        Raises:
+            OutputChoiceError: If a file asks for what cannot be measured.
+        """
+        try:
+            return config.recorder(self._model)
+        except OutputChoiceError as error:
+            if not self._config.chooses:
+                raise
+            tell(f"what is made of the model's outputs is left out: {error}")
+            return config.without_outputs().recorder(self._model)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._recorder is not None
@@ -315,11 +329,6 @@ def _single(module: nn.Module) -> nn.Module:
         inner: nn.Module = module.module
         return inner
     return module
-
-
-def _has_classes(probe: Probe) -> bool:
-    targets = probe.targets
-    return targets is not None and targets.ndim == 1 and not targets.is_floating_point()
 
 
 def _warn_of_no_hook_of_ours() -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.probes import as_tensor, device_of, digest, undisturbed
 from sonde.hooks.schedule import Schedule
+from sonde.hooks.scores import Output, Scores, check_outputs
 from sonde.log import LogArray
 
 from .base import Measure, Recording, Subject
-from .predictions import logits_of
 
 Population = Literal["distinct", "any", "same"]
 
@@ -50,6 +50,9 @@ class DecisionPlanes(Measure):
     axis, widened on both sides by `margin` times its length. Points lie in the space of the inputs
     given here and are not clipped. The grid is [row, column]: rows run along the second axis.
 
+    The class is that of the highest of the scores [examples, classes], of which there have to be as
+    many as there are classes; of two classes one logit per example may decide by its sign.
+
     Args:
         inputs: Examples as the model sees them (normalised), [examples, …], floating point.
         targets: Their classes, integers [examples].
@@ -60,6 +63,7 @@ class DecisionPlanes(Measure):
         ids: One integer per example, as for a probe.
         seed: Draws the triplets; runs to be compared need the same.
         batch_size: How many points are evaluated at once.
+        output: Which output of the model scores the classes, as for `Predictions`.
         name: The name of this source in the log.
         when: When it is due; None takes the recorder's schedule.
 
@@ -81,6 +85,7 @@ class DecisionPlanes(Measure):
         ids: npt.NDArray[np.integer[Any]] | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 256,
+        output: Output | None = None,
         name: str = "planes",
         when: Schedule | None = None,
     ) -> None:
@@ -96,6 +101,7 @@ class DecisionPlanes(Measure):
         self._name = name
         self.when = when
         self._check_arguments()
+        self._scores = Scores(output, torch.from_numpy(self._targets.astype(np.int64)))
 
     @property
     def source(self) -> str:
@@ -106,9 +112,12 @@ class DecisionPlanes(Measure):
         """Draw the triplets, so that what cannot be drawn is refused before training.
 
         Raises:
-            InvalidInputError: If the examples do not have such triplets.
+            InvalidInputError: If the examples do not have such triplets, or the model does not give
+                scores of classes, or it is not clear which output they are.
         """
         assert len(self._planes.triplet)
+        few = self._inputs[:2].to(device_of(model), copy=True)
+        check_outputs(model, few, lambda returned: self._classes(returned, len(few)))
 
     def table(self) -> Sequence[LogArray]:
         """Return the triplets, by id and class, and where they lie in their planes."""
@@ -146,19 +155,34 @@ class DecisionPlanes(Measure):
         num_classes = 0
         with undisturbed(subject.model), torch.no_grad():
             for points in self._point_batches(device):
-                _, logits = logits_of(subject.model(points))
-                if logits.ndim != 2:
-                    raise InvalidInputError(
-                        f"decision planes need outputs [examples, classes]; the model gave "
-                        f"{list(logits.shape)}"
-                    )
-                num_classes = logits.shape[1]
-                classes.append(logits.argmax(1).cpu())
+                found, num_classes = self._classes(subject.model(points), len(points))
+                classes.append(found.cpu())
         shape = (len(self._planes.triplet), self._resolution, self._resolution)
         labels = torch.cat(classes).numpy().reshape(shape)
         kind = np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.uint32
         array = LogArray("labels", labels.astype(kind), ("triplet", "row", "column"), is_owned=True)
         return Recording([array], {"digest": self._digest, "num_classes": num_classes})
+
+    def _classes(self, returned: Any, num_points: int) -> tuple[Tensor, int]:
+        """Return the class of each point by what the model returned, and the number of classes.
+
+        Raises:
+            InvalidInputError: If that does not tell it.
+        """
+        _, scores = self._scores.of(returned, num_points)
+        if self._scores.is_sign(scores, num_points):
+            return (scores.reshape(-1) > 0).long(), 2
+        if self._scores.are_of_classes(scores, num_points):
+            return scores.argmax(1), scores.shape[1]
+        one = ", or one logit for each example" if self._scores.is_binary else ""
+        hint = "where the model has another output, choose it by `output`"
+        if scores.ndim > 2:
+            hint = "give `output` as a function that makes them of scores of tokens or pixels"
+        raise InvalidInputError(
+            f"decision planes need scores [examples, classes] of at least "
+            f"{max(2, self._scores.num_classes)} classes, as the targets have{one}; the model gave "
+            f"{list(scores.shape)} for {num_points} examples; {hint}"
+        )
 
     @cached_property
     def _planes(self) -> _Planes:

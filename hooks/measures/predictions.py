@@ -11,10 +11,11 @@ from sonde.exceptions import InvalidInputError
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.host_copies import on_host, wait_for_copies
 from sonde.hooks.log_arrays import to_log_array
-from sonde.hooks.probes import call, device_of, undisturbed
+from sonde.hooks.probes import Probe, call, device_of, undisturbed
+from sonde.hooks.schedule import Schedule
+from sonde.hooks.scores import Output, Scores, check_outputs
 from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
 from sonde.hooks.small_runs import seen_by
-from sonde.hooks.taps import tensor_leaves
 
 from .base import ProbeMeasure, Recording, Subject
 
@@ -22,14 +23,41 @@ from .base import ProbeMeasure, Recording, Subject
 class Predictions(ProbeMeasure):
     """Record the model's outputs on a probe, in eval mode, as `logits` [examples, classes].
 
-    Of an output with several tensors, the one called `logits` is taken, else the first.
+    Of several outputs, the one called `logits` is recorded, else the only one that fits the targets
+    of the probe: for classes, at least as many columns as there are, or one logit for two classes,
+    whose sign decides. Where several fit, or none, `output` has to say which one.
 
     Args:
         probe: The examples.
+        output: Which output: its name, position or path, such as `"logits"`, `1` or `"[heads][0]"`,
+            or a function of what the model returns.
         when: When it is due; None takes the recorder's schedule.
+
+    Raises:
+        InvalidInputError: If `output` is nothing that says which one.
     """
 
     name = "predictions"
+
+    def __init__(
+        self,
+        probe: Probe | Any,
+        *,
+        output: Output | None = None,
+        when: Schedule | None = None,
+    ) -> None:
+        super().__init__(probe, when=when)
+        self._scores = Scores(output, self.probe.targets, self.probe.axes)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model of whose outputs it is not clear which one is meant.
+
+        Raises:
+            InvalidInputError: If it is not clear.
+        """
+        number = min(2, self.probe.num_examples)
+        inputs, _ = self.probe.rows(slice(0, number), device_of(model))
+        check_outputs(model, inputs, lambda returned: self._scores.of(returned, number))
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the measure."""
@@ -39,7 +67,9 @@ class Predictions(ProbeMeasure):
         """Estimate the bytes of one record, from a run on one example."""
         with undisturbed(subject.model), torch.no_grad():
             inputs, _ = self.probe.rows(slice(0, 1), device_of(subject.model))
-            return self.probe.num_examples * logits_of(call(subject.model, inputs))[1].nbytes
+            return (
+                self.probe.num_examples * self._scores.of(call(subject.model, inputs), 1)[1].nbytes
+            )
 
     def record(self, subject: Subject) -> Recording:
         """Run the probe forward and keep the outputs."""
@@ -77,8 +107,8 @@ class Predictions(ProbeMeasure):
             InvalidInputError: If they have no row per example.
         """
         inputs, _ = self.probe.rows(rows, device_of(model))
-        path, logits = logits_of(call(model, inputs))
         num_examples = rows.stop - rows.start
+        path, logits = self._scores.of(call(model, inputs), num_examples)
         axis = axes.of(path, logits.shape, num_examples)
         if axis is None:
             raise InvalidInputError(
@@ -93,15 +123,3 @@ def _recording(logits: Tensor) -> Recording:
     names = {1: (), 2: ("class",)}
     rest = names.get(logits.ndim, tuple(f"output_{axis}" for axis in range(1, logits.ndim)))
     return Recording([to_log_array(logits, "logits", ("example", *rest))])
-
-
-def logits_of(output: Any) -> tuple[str, Tensor]:
-    """Return the main tensor of a model's output, and the way to it.
-
-    Raises:
-        InvalidInputError: If there is none.
-    """
-    leaves = tensor_leaves(output)
-    if not leaves:
-        raise InvalidInputError(f"the model's output ({type(output).__name__}) holds no tensor")
-    return next((leaf for leaf in leaves if leaf[0] == "[logits]"), leaves[0])

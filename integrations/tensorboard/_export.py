@@ -181,12 +181,14 @@ def _score(
     targets: npt.NDArray[Any] | None,
     step: int,
 ) -> tuple[float, float]:
-    """Compute accuracy and mean cross-entropy of logits [examples, classes].
+    """Compute accuracy and mean cross-entropy of scores of classes, or of one logit per example.
 
     Raises:
         InvalidInputError: If there is not one class label, among the classes, per example.
     """
-    is_classified = _has_classes(targets) and logits.ndim == 2
+    from sonde.analysis.predictions import is_one_logit, predicted_classes
+
+    is_classified = _has_classes(targets) and logits.ndim <= 2
     if targets is None or not is_classified or targets.shape != logits.shape[:1]:
         shape = None if targets is None else list(targets.shape)
         raise InvalidInputError(
@@ -194,18 +196,25 @@ def _score(
             "expected [examples, classes] and one class label per example"
         )
     labels = targets.astype(np.int64)
-    if labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+    values = logits.astype(np.float64)
+    if is_one_logit(logits, labels):  # The scores of classes 0 and 1, of which the first is 0.
+        values = np.stack([np.zeros(len(labels)), values.reshape(-1)], axis=1)
+    elif logits.ndim < 2:
+        raise InvalidInputError(
+            f"one logit per example at step {step} with class labels up to {labels.max()}; "
+            "expected labels 0 and 1"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < values.shape[1]:
         raise InvalidInputError(
             f"class labels from {labels.min()} to {labels.max()}; "
-            f"expected 0 to {logits.shape[1] - 1}"
+            f"expected 0 to {values.shape[1] - 1}"
         )
-    values = logits.astype(np.float64)
     # A diverged model has infinite logits: its loss is NaN, without numpy's warnings.
     with np.errstate(invalid="ignore"):
         shifted = values - values.max(axis=1, keepdims=True)
         log_sums = np.log(np.exp(shifted).sum(axis=1))
         losses = log_sums - shifted[np.arange(len(labels)), labels]
-    return float((values.argmax(axis=1) == labels).mean()), float(losses.mean())
+    return float((predicted_classes(logits, labels) == labels).mean()), float(losses.mean())
 
 
 def _write_decision_planes(log: MeasureLog, page: _Page) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import kernels
 from .boundary import fragmentation, reproducibility
 from .cka import cka, cka_over_steps
+from .predictions import predicted_classes
 from .stiffness import stiffness
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "fragmentation",
     "kernels",
     "plots",
+    "predicted_classes",
     "reproducibility",
     "stiffness",
 ]

@@ -17,7 +17,7 @@ class Coordinates(nn.Module):
     """A "classifier" that only gives back the points it is asked about."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :3]
+        return x.flatten(1)[:, :5]
 
 
 def recorded(measure: DecisionPlanes, model: nn.Module) -> dict[str, Any]:
@@ -169,5 +169,5 @@ def test_what_spans_no_plane_is_refused_before_training(
 
 def test_outputs_that_are_no_class_scores_are_refused(examples: Tensor, classes: Tensor) -> None:
     measure = DecisionPlanes(examples, classes, triplets=1)
-    with pytest.raises(InvalidInputError, match=r"need outputs \[examples, classes\]"):
+    with pytest.raises(InvalidInputError, match=r"need scores \[examples, classes\] of at"):
         measure.record(Subject(nn.Identity()))
