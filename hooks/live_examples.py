@@ -32,7 +32,17 @@ def micro_batches_of(step: TrainingStep, error: Exception | None) -> list[MicroB
 
 def nothing_of(step: TrainingStep) -> Recording:
     """Return what is recorded of a step without micro-batches: why there is nothing."""
-    return Recording(missing={"(model)": step.mismatch or _NOTHING_SEEN})
+    empty = "its batches had no example" if step.num_empty_passes else None
+    return Recording(missing={"(model)": step.mismatch or empty or _NOTHING_SEEN})
+
+
+def left_out(step: TrainingStep) -> tuple[dict[str, int], dict[str, str]]:
+    """Return how many passes a record leaves out, and of what kind that is not expected."""
+    counts = {"late_passes": step.num_late_passes, "empty_passes": step.num_empty_passes}
+    missing = {}
+    if step.num_empty_passes:
+        missing["(empty batches)"] = "passes over batches without any example are left out"
+    return {kind: count for kind, count in counts.items() if count}, missing
 
 
 def describe_examples(

@@ -18,7 +18,7 @@ from sonde.log import LogArray
 from . import own_work
 from .accumulators import Part
 from .example_axes import why_no_axis
-from .live_examples import describe_examples, micro_batches_of, nothing_of
+from .live_examples import describe_examples, left_out, micro_batches_of, nothing_of
 from .measures.base import Observation, Recording
 from .precision import full_precision
 from .stores import Store
@@ -100,8 +100,9 @@ class LiveOutputs(Observation):
             if not any(calls[name] for calls in self._calls.values()):
                 self._missing[name] = "it was never called in the forward pass"
         examples, attributes = describe_examples(micro_batches, of_gradients=self._of_gradients)
-        if self._step.num_late_passes:
-            attributes["late_passes"] = self._step.num_late_passes
+        counts, missing = left_out(self._step)
+        attributes |= counts
+        self._missing |= missing
         sizes = self._store.block_sizes([micro_batch.num_examples for micro_batch in micro_batches])
         if sizes is not None:
             attributes["block_sizes"] = sizes

@@ -124,6 +124,7 @@ class TrainingStep:
         error: What went wrong in a hook, which never raises into the training.
         mismatch: Why nothing can be recorded of the step: what the loop told does not fit.
         num_late_passes: The number of passes left out as the weights had changed.
+        num_empty_passes: The number of passes left out as their batch had no example.
     """
 
     def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
@@ -142,6 +143,7 @@ class TrainingStep:
         self.error: Exception | None = None
         self.mismatch: str | None = None
         self.num_late_passes = 0
+        self.num_empty_passes = 0
         self._parts = parts_of(model)
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
@@ -263,7 +265,9 @@ class TrainingStep:
         self._running = None
         if not torch.is_grad_enabled():
             return
-        micro_batch = self._open(self.axes.size_of(args, kwargs))
+        size = self.axes.size_of(args, kwargs)
+        micro_batch = self._open(size)
+        self.num_empty_passes += size == 0 and micro_batch is None
         if micro_batch is not None:
             if _forward_of(self._model) is not self._forward:
                 # As a trainer runs a whole step through it, which must not run twice.
@@ -289,6 +293,9 @@ class TrainingStep:
         told = self._told
         if told is not None and told.num_examples is not None:
             size = told.num_examples
+        if size == 0:
+            self._told = None
+            return None
         last = self._micro_batches[-1] if self._micro_batches else None
         if last is not None and not self._is_apart and not last.has_gradients:
             if size == last.size or (last.batch is not None and last.batch.num_examples):
@@ -361,6 +368,8 @@ def make_batch(
         what = f"has shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
         raise InvalidInputError(f"`loss` {what}; expected the tensor that backward() is called on")
     given_ids = None if ids is None else _to_numpy(ids)
+    if given_ids is not None and not given_ids.size:
+        given_ids = given_ids.astype(np.int64)  # An empty list has no integers to show.
     if given_ids is not None and (given_ids.ndim != 1 or given_ids.dtype.kind not in "iu"):
         raise InvalidInputError(
             f"`ids` has shape {given_ids.shape} and dtype {given_ids.dtype}; expected one integer "

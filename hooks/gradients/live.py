@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.hooks import own_work
-from sonde.hooks.live_examples import describe_examples, micro_batches_of, nothing_of
+from sonde.hooks.live_examples import describe_examples, left_out, micro_batches_of, nothing_of
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.precision import full_precision
 from sonde.hooks.sharding import has_sharded_parameters
@@ -158,7 +158,7 @@ class LiveGradients(Observation):
         return Recording(
             [*examples, *arrays] if arrays else [],
             attributes,
-            missing,
+            missing | left_out(self._step)[1],
             {"coverage": {"parameters": coverage}},
         )
 
@@ -169,9 +169,7 @@ class LiveGradients(Observation):
                 f"{self._couplings[0]} couple the examples: a row is the contribution of its "
                 "example to the gradient of the batch"
             )
-        if self._step.num_late_passes:
-            attributes["late_passes"] = self._step.num_late_passes
-        return attributes
+        return attributes | left_out(self._step)[0]
 
     def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
         """Let nothing out of a hook, neither a value nor an exception."""
