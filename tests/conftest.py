@@ -1,10 +1,15 @@
-"""What all tests share: the size of the fault tests, and the counts they report."""
+"""What all tests share: the size of the fault tests, the counts they report, and no deadlines."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test of properties does not fail because the machine is busy with other work.
+settings.register_profile("sonde", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sonde")
 
 _COUNTS = pytest.StashKey[Counter[str]]()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sonde
+from tests.limits import LIMIT_SECONDS
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 # These have tests of their own: one draws, exports and takes longer, the other runs on two ranks.
@@ -32,7 +33,7 @@ def test_every_example_is_run() -> None:
 def test_an_example_records_a_training_and_reads_a_number(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert "switched off" not in done.stderr

@@ -15,6 +15,7 @@ import pytest
 
 import sonde
 from sonde.analysis import cka, reproducibility, stiffness
+from tests.limits import LIMIT_SECONDS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "quickstart.py"
 FIGURES = [
@@ -93,10 +94,10 @@ def test_early_layers_agree_across_seeds(runs: dict[str, sonde.Run]) -> None:
 
 
 def test_a_kill_in_the_middle_loses_nothing_that_was_committed(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--epochs", "50"]
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--epochs", "500"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seen: list[int] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_SECONDS
     while len(seen) < 8 and time.monotonic() < deadline and process.poll() is None:
         if (tmp_path / "seed0" / "run.json").exists():
             seen = sonde.open_run(tmp_path / "seed0").steps()

@@ -13,10 +13,10 @@ import pytest
 
 import sonde
 from sonde.log.verify import verify_run
+from tests.limits import LIMIT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "tests" / "scripts"
-LIMIT_SECONDS = 240
 ACTIVATIONS = ["activations", "predictions", "scalars"]
 
 

@@ -12,9 +12,9 @@ from typing import TypeAlias
 import pytest
 
 import sonde
+from tests.limits import LIMIT_SECONDS
 
 WORKERS = Path(__file__).parent / "workers"
-TIMEOUT_SECONDS = 150
 
 RunRanks: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 
@@ -43,7 +43,7 @@ def run_ranks() -> RunRanks:
             },
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=LIMIT_SECONDS,
             check=False,
         )
         if returncode is not None:

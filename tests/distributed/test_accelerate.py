@@ -15,8 +15,9 @@ import pytest
 
 import sonde
 from sonde.log import Run
+from tests.limits import LIMIT_SECONDS
 
-from .conftest import TIMEOUT_SECONDS, WORKERS, RunRanks
+from .conftest import WORKERS, RunRanks
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 pytest.importorskip("accelerate")
@@ -57,7 +58,7 @@ def trained(
             env={**os.environ, "PYTHONPATH": str(Path(sonde.__file__).parents[1])},
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=LIMIT_SECONDS,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import sonde
+from tests.limits import LIMIT_SECONDS
 
-from .conftest import TIMEOUT_SECONDS, RunRanks
+from .conftest import RunRanks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("accelerate")
@@ -30,7 +31,7 @@ def assert_recorded(path: Path, printed: str, num_ranks: int) -> None:
 def test_the_example_runs_on_one_process(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert_recorded(tmp_path / "run", done.stdout, 1)

@@ -92,7 +92,7 @@ def test_the_grid_reaches_beyond_the_triplet_by_the_margin(
     np.testing.assert_allclose(tables["extent"][..., 1], high + 0.5 * (high - low))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from(["distinct", "any", "same"]))
 def test_triplets_are_of_the_population(seed: int, population: Any) -> None:
     targets = torch.arange(12) % 4

@@ -21,7 +21,7 @@ from sonde.hooks.losses import Loss
 
 from .conftest import loop_gram
 
-SETTINGS = settings(deadline=None, max_examples=25)
+SETTINGS = settings(max_examples=25)
 
 
 def total(model: nn.Module, loss: Loss, probe: Probe) -> Tensor:

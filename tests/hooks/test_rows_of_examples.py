@@ -81,7 +81,7 @@ class Tokens(nn.Module):
         return torch.as_tensor(self.out((mixed * weights[:, None]).mean(1)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(2, 6),
     st.integers(1, 6),

@@ -21,6 +21,7 @@ from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
 from sonde.hooks import run_directory
 from sonde.log import LogWriter
 from sonde.log.layout import write_run_file, writer_folders
+from tests.limits import LIMIT_SECONDS
 
 Make = Callable[..., sonde.Recorder]
 
@@ -70,7 +71,7 @@ def test_a_rank_waits_for_the_first(tmp_path: Path, make: Make) -> None:
     while not (tmp_path / "run").exists():
         time.sleep(0.001)
     made.append(make(0))
-    waiting.join(60)
+    waiting.join(LIMIT_SECONDS)
     assert attempts(tmp_path / "run") == [(0, 0), (0, 1)]
     for recorder in made:
         recorder.close()

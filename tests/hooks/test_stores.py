@@ -78,7 +78,7 @@ def test_sketch_bytes_are_pinned_across_versions() -> None:
     assert stored(Sketch(4), torch.arange(6.0)[None]).tolist() == expected
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(st.integers(0, 1000))
 def test_sketch_inner_products_are_unbiased(seed: int) -> None:
     features = torch.randn(2, 40, generator=torch.Generator().manual_seed(seed)).double()

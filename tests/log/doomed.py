@@ -26,6 +26,7 @@ import numpy as np
 
 from sonde.log import LogArray, LogWriter
 from sonde.log.layout import write_run_file
+from tests.limits import LIMIT_SECONDS
 
 if TYPE_CHECKING:
     from .deaths import Death
@@ -34,7 +35,6 @@ PWritev = Callable[[int, Sequence[Any], int], int]
 
 NUM_RECORDS = 14
 SEGMENT_BYTES = 2_000
-LIMIT_SECONDS = 60
 
 
 @contextmanager

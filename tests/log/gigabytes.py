@@ -1,6 +1,6 @@
 """Processes that record, seal and read one array of gigabytes, and print the memory they took.
 
-In the folder `tests`: `python -m log.gigabytes write|seal|read RUN DTYPE NUM`.
+`python -m tests.log.gigabytes write|seal|read RUN DTYPE NUM`.
 """
 
 from __future__ import annotations

@@ -21,22 +21,24 @@ from sonde.log.layout import journals, segments
 from sonde.log.seal import seal_journal, seal_run
 from sonde.log.segment import Segment, SegmentFile
 from sonde.log.verify import verify_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, write_records
 from .doomed import record_of, time_limit
 from .files import frame_bounds, journals_of, segments_of
-from .watching import Announced
+from .watching import READERS, Announced
 
-READERS = ("refresh", "reopen", "open_segments")
+NEVER = 10**9
+"""So many records are never written."""
 
 
 @contextmanager
 def spawn(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Start a process of `watching.py`; it is killed at the end if it has not ended."""
-    command = [sys.executable, "-m", "log.watching", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.log.watching", *map(str, arguments)]
     with subprocess.Popen(
         command,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -55,7 +57,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 def drain(process: subprocess.Popen[str]) -> list[str]:
     """Let a process end; return what it printed last."""
-    printed, _ = process.communicate(timeout=600)
+    printed, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0
     return printed.split()
 
@@ -63,26 +65,27 @@ def drain(process: subprocess.Popen[str]) -> list[str]:
 def test_three_readers_see_all_that_is_committed_and_nothing_else(
     run_path: Path, is_full: bool, counts: Counter[str]
 ) -> None:
-    seconds = 60 if is_full else 3
-    with spawn("write", run_path, 10**9) as writer:
+    num_records = 15_000 if is_full else 500
+    with spawn("write", run_path, NEVER) as writer:
         assert next_line(writer) == "0"
         with (
-            spawn(READERS[0], run_path, seconds, 0) as first,
-            spawn(READERS[1], run_path, seconds, 1) as second,
-            spawn(READERS[2], run_path, seconds, 2) as third,
+            spawn("refresh", run_path, num_records, 0) as first,
+            spawn("reopen", run_path, num_records, 1) as second,
+            spawn("open_segments", run_path, num_records, 2) as third,
         ):
             printed = [drain(reader) for reader in (first, second, third)]
         drain(writer)
+    assert Announced(run_path).last + 1 >= num_records
     num_records = Announced(run_path).last + 1
     run = assert_intact(run_path, range(num_records))
     assert (run.state, run.damage, journals_of(run_path)) == ("finished", [], [])
     assert 14 < num_records / len(segments_of(run_path)) < 18
-    for state, *reads in printed:
+    for (state, *reads), kinds in zip(printed, READERS.values(), strict=True):
         assert state == "reading"
-        for read in reads:
-            what, count = read.split("=")
-            assert int(count) > 2
-            counts[f"reads while a training writes: {what}"] += int(count)
+        num_reads = {what: int(count) for what, count in (read.split("=") for read in reads)}
+        assert set(num_reads) == kinds
+        for what, number in num_reads.items():
+            counts[f"reads while a training writes: {what}"] += number
 
 
 def test_a_reader_that_stops_does_not_hold_the_writer_up(
@@ -92,13 +95,13 @@ def test_a_reader_that_stops_does_not_hold_the_writer_up(
     with spawn("write", run_path, 1) as writer:
         assert next_line(writer) == "0"
         for reader_kind in READERS:
-            with spawn(reader_kind, run_path, 600, 0) as reader:
+            with spawn(reader_kind, run_path, NEVER, 0) as reader:
                 assert next_line(reader) == "reading"
                 for _ in range(40 if is_full else 2):
                     # Wherever it is, with whatever locks and files it has.
                     os.kill(reader.pid, signal.SIGSTOP)
                     before = len(segments_of(run_path))
-                    with time_limit(120):
+                    with time_limit(LIMIT_SECONDS):
                         while len(segments_of(run_path)) < before + 2:
                             assert next_line(writer).isdecimal()
                     os.kill(reader.pid, signal.SIGCONT)

@@ -40,10 +40,19 @@ def outcomes(
     suffix, family = request.param
     size, every = (1000, 1) if is_full else (150, 6)
     with tempfile.TemporaryDirectory(dir=MEMORY) as root:
-        command = [sys.executable, "-m", "log.damaged", root, suffix, family, str(size), str(every)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.log.damaged",
+            root,
+            suffix,
+            family,
+            str(size),
+            str(every),
+        ]
         printed = subprocess.run(
             command,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
             check=True,
             stdout=subprocess.PIPE,

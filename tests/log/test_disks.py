@@ -19,6 +19,7 @@ from sonde.log import LogWriter, open_run
 from sonde.log.layout import is_being_written
 from sonde.log.seal import seal_run
 from sonde.log.sealing import Sealing
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run
 from .doomed import record_of
@@ -259,7 +260,7 @@ def test_folder_made_read_only_costs_nothing(launch: Launch, counts: Counter[str
 
 def append(writer: LogWriter, number: int) -> None:
     assert writer.append("activations", "probe", number, record_of(number))
-    assert writer.flush(60)
+    assert writer.flush(LIMIT_SECONDS)
 
 
 @pytest.mark.parametrize("is_deleted", [True, False], ids=["deleted", "moved"])

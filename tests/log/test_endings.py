@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sonde.log import LogWriter
 from sonde.log.layout import is_being_written
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact
 from .doomed import record_of
 from .files import journals_of
-from .launched import LIMIT_SECONDS, Launch, Training, launching
+from .launched import Launch, Training, launching
 
 NUM_STEPS = 5
 SLOWLY_SECONDS = 0.02

@@ -139,7 +139,7 @@ def test_a_measure_may_be_named_like_a_part_of_the_file(run_path: Path, name: st
     assert assert_alike(export_and_open(run_path), open_run(run_path)) == 4
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, derandomize=True, database=None)
 @given(
     records=st.lists(streams, min_size=1, max_size=4),
     compression=st.sampled_from(COMPRESSIONS),

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import sys
 import traceback
@@ -23,6 +22,7 @@ from sonde.log import Run, open_run
 from sonde.log.export import export_run
 from sonde.log.export.compression import Compression
 from sonde.log.verify import verify_run
+from tests.limits import LIMIT_SECONDS
 
 from .alike import write_compressible
 from .conftest import Array, write_records
@@ -79,18 +79,15 @@ def faults_of(path: Path, whole: Read) -> list[str]:
     return faults
 
 
-def in_a_child(
-    path: Path, changes: Sequence[tuple[str, bytes]], whole: Read, seconds: int
-) -> list[str]:
+def in_a_child(path: Path, changes: Sequence[tuple[str, bytes]], whole: Read) -> list[str]:
     """Give a file one content after the other in a forked process, and read each."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        signal.alarm(5 * seconds)
         with os.fdopen(writing, "w") as pipe:
             for version, (what, content) in enumerate(changes, 1):
+                signal.alarm(LIMIT_SECONDS)
                 try:
                     overwrite(path, content, version)
                     faults = faults_of(path, whole)
@@ -162,8 +159,7 @@ def test_no_damage_is_read_as_data_or_ends_the_reader(
             content, random.Random(compression), 1000 if is_full else 70 if damage is flips else 35
         )
     )
-    seconds = 600 if is_full else 120
-    assert in_a_child(out, changes, whole, seconds) == []
+    assert in_a_child(out, changes, whole) == []
     counts[f"{damage.__name__} of exported runs"] += len(changes)
 
 

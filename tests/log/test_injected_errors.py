@@ -26,6 +26,7 @@ from sonde.log import LogArray, LogWriter, Run, open_run
 from sonde.log.appender import Sync
 from sonde.log.layout import writer_folder
 from sonde.log.seal import seal_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records
 from .doomed import record_of, time_limit
@@ -36,7 +37,6 @@ SYNCS: tuple[Sync, ...] = get_args(Sync)
 NUM_RECORDS = 10
 REPAIRED_AT = 8
 IDS = np.arange(5)
-LIMIT_SECONDS = 20
 
 known_record = cache(record_of)
 
@@ -181,9 +181,10 @@ def test_errors_cost_only_what_is_counted(
     for fault in tried:
         disk, wrong = recorded_at(memory_path, sync, fault)
         assert wrong == [], fault
+        # What is forced together, and so how many calls are made, depends on how quick the disk is.
+        assert bool(disk.failed) == (fault.number < disk.made.total())
         num_failed += bool(disk.failed)
-    # What is forced together, and so how many calls there are, depends on how quick the disk is.
-    assert num_failed >= 0.9 * len(tried)
+    assert num_failed
     counts[f"errors: {times or 'all'} from one call on"] += num_failed
 
 

@@ -25,10 +25,11 @@ from sonde.log import LogWriter, Run, open_run
 from sonde.log.appender import Sync
 from sonde.log.layout import RUN_FILE, lock_path, unlock
 from sonde.log.seal import seal_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records
 from .deaths import BYTES, CENSUS, Act, Death, each_death
-from .doomed import LIMIT_SECONDS, NUM_RECORDS, record_of, time_limit
+from .doomed import NUM_RECORDS, record_of, time_limit
 from .files import frames_of, journals_of
 
 SYNCS: tuple[Sync, ...] = get_args(Sync)

@@ -20,6 +20,7 @@ from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.names import stream_name
 from sonde.log.seal import seal_run
 from sonde.log.verify import verify_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import Open, assert_holds, assert_identical, read_records
 from .doomed import time_limit
@@ -31,8 +32,8 @@ SURROGATE = "\ud800"
 
 def run_alone(action: str, path: Path, dtype: str, num: int) -> int:
     """Act in a process of its own; return the memory it took, in bytes."""
-    command = [sys.executable, "-m", "log.gigabytes", action, str(path), dtype, str(num)]
-    folder = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.log.gigabytes", action, str(path), dtype, str(num)]
+    folder = Path(__file__).parents[2]
     return int(subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -80,7 +81,7 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sonde.log.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)
     monkeypatch.setattr(os, "pwritev", write_some)
-    with time_limit(60):
+    with time_limit(LIMIT_SECONDS):
         yield size
 
 

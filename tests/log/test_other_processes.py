@@ -12,6 +12,7 @@ import pytest
 
 from sonde.log import open_run
 from sonde.log.layout import is_being_written, lock_path, unlock
+from tests.limits import LIMIT_SECONDS
 
 from .files import frames_of, journal_of
 
@@ -76,7 +77,7 @@ def test_writer_waits_for_a_reader_that_looks_whether_it_lives(tmp_path: Path) -
     thread.join(0.05)
     assert locks == []
     os.close(looking)
-    thread.join(60)
+    thread.join(LIMIT_SECONDS)
     assert locks[0] is not None
     assert is_being_written(tmp_path)
     unlock(locks[0])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, open_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact
 from .doomed import PWritev, append_record
@@ -28,7 +29,7 @@ class Gate:
 
     def _pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
         self.reached.set()
-        assert self._opening.wait(60)
+        assert self._opening.wait(LIMIT_SECONDS)
         return self._write(fd, buffers, offset)
 
     def open(self) -> None:
@@ -128,7 +129,7 @@ def test_blocking_append_waits_for_room(run_path: Path, gate: Callable[[], Gate]
     thread.join(0.1)
     assert results == []
     held.open()
-    thread.join(60)
+    thread.join(LIMIT_SECONDS)
     assert results == [True]
     writer.close()
     assert_intact(run_path, range(2))
@@ -148,7 +149,7 @@ def test_flush_gives_up_after_its_timeout(writer: LogWriter, gate: Callable[[], 
     append_record(writer, 0)
     assert not writer.flush(timeout=0.01)
     held.open()
-    assert writer.flush(timeout=60)
+    assert writer.flush(timeout=LIMIT_SECONDS)
 
 
 def test_close_gives_up_after_its_timeout(run_path: Path, gate: Callable[[], Gate]) -> None:
@@ -157,7 +158,7 @@ def test_close_gives_up_after_its_timeout(run_path: Path, gate: Callable[[], Gat
     append_record(writer, 0)
     writer.close(timeout=0.01)
     held.open()
-    assert writer.flush(timeout=60)
+    assert writer.flush(timeout=LIMIT_SECONDS)
     assert_intact(run_path, [0])
 
 
@@ -170,9 +171,9 @@ def test_append_that_waited_while_the_writer_closed_is_refused(
     results: list[bool] = []
     waiting = threading.Thread(target=lambda: results.append(append_record(writer, 1)))
     waiting.start()
-    held.reached.wait(60)
+    held.reached.wait(LIMIT_SECONDS)
     writer.close(timeout=0)
     held.open()
-    waiting.join(60)
+    waiting.join(LIMIT_SECONDS)
     assert results == [False]
-    assert writer.flush(timeout=60)
+    assert writer.flush(timeout=LIMIT_SECONDS)

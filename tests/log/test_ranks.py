@@ -106,7 +106,10 @@ def test_examples_of_all_ranks_are_put_together_in_order_of_their_ids(
     assert run.activations.ranks_at(10) == [0, 1, 2]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.lists(st.lists(st.integers(0, 12), unique=True, max_size=6), min_size=2, max_size=4))
 def test_any_division_into_ranks_is_joined(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]

@@ -225,7 +225,7 @@ values = st.one_of(
 streams = st.dictionaries(st.tuples(st.none() | names, names), st.tuples(values, names), max_size=5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(records=st.lists(streams, min_size=1, max_size=3))
 def test_whatever_is_recorded_comes_back(
     tmp_path_factory: pytest.TempPathFactory,

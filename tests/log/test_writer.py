@@ -14,6 +14,7 @@ import pytest
 
 from sonde.exceptions import InvalidInputError, RunExistsError
 from sonde.log import LogArray, LogWriter, open_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact
 from .doomed import append_record
@@ -31,7 +32,7 @@ def test_closed_run_holds_every_record(run_path: Path, writer: LogWriter) -> Non
 def test_record_is_readable_once_flushed(run_path: Path, writer: LogWriter) -> None:
     for number in range(5):
         append_record(writer, number)
-        assert writer.flush(60)
+        assert writer.flush(LIMIT_SECONDS)
         assert_intact(run_path, range(number + 1))
 
 

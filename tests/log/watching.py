@@ -1,9 +1,10 @@
 """Processes that write a run, and others that read it meanwhile.
 
-In the folder `tests`, `python -m log.watching write RUN EVERY` records until its standard input
-ends. The number of each record stands, once it is flushed, in the file `announced` of the run,
-which readers map; every EVERYth is printed too. `python -m log.watching READER RUN SECONDS SEED`
-reads for that long and prints how often; whatever is wrong ends it with an error.
+`python -m tests.log.watching write RUN EVERY` records until its standard input ends. The number of
+each record stands, once it is flushed, in the file `announced` of the run, which readers map; every
+EVERYth is printed too. `python -m tests.log.watching READER RUN NUM SEED` reads until NUM records
+are announced and something was read of each kind, and prints how often; whatever is wrong ends it
+with an error.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import random
 import struct
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,17 @@ import numpy as np
 from sonde.log import LogWriter, Run, open_run
 from sonde.log.layout import segments
 from sonde.log.verify import verify_run
+from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_holds, assert_identical
 from .doomed import record_of
+
+READERS = {
+    "refresh": {"refreshed", "records"},
+    "reopen": {"opened", "verified", "records"},
+    "open_segments": {"segments"},
+}
+"""How a run is read, and what is counted of it."""
 
 SEGMENT_BYTES = 8_300  # 16 records.
 _RECORDS_PER_SECOND = 250
@@ -66,7 +73,7 @@ def write(run: Path, every: int) -> None:
     writer = LogWriter(run, segment_bytes=SEGMENT_BYTES)
     for number in itertools.count():
         assert writer.append("activations", "probe", number, record_of(number))
-        assert writer.flush(60)
+        assert writer.flush(LIMIT_SECONDS)
         announced.last = number
         if number % every == 0:
             print(number, flush=True)
@@ -88,6 +95,11 @@ class Watcher:
         self._newest = -1
         self.reads: Counter[str] = Counter()
 
+    @property
+    def num_announced(self) -> int:
+        """How many records are committed."""
+        return self._announced.last + 1
+
     def refresh(self) -> None:
         """Look again into a run that stays open."""
         committed = self._announced.last
@@ -98,12 +110,12 @@ class Watcher:
         self.reads["refreshed"] += 1
 
     def reopen(self) -> None:
-        """Open the run anew; now and then check every byte of it."""
+        """Open the run anew; every tenth time check every byte of it."""
         committed = self._announced.last
         run = open_run(self._path)
         self._check(run, committed)
         self.reads["opened"] += 1
-        if self._rng.random() < 0.1:
+        if self.reads["opened"] % 10 == 1:
             assert verify_run(self._path) == []
             self.reads["verified"] += 1
 
@@ -150,12 +162,12 @@ class Watcher:
         assert_identical(log.stack("loss", some), losses)
 
 
-def watch(read: Callable[[], None], seconds: float) -> None:
-    """Read over and over; say so once it was done the first time."""
-    end = time.monotonic() + seconds
+def watch(watcher: Watcher, reader: str, num_records: int) -> None:
+    """Read until enough was recorded meanwhile; say so once it was done the first time."""
+    read = getattr(watcher, reader)
     read()
     print("reading", flush=True)
-    while time.monotonic() < end:
+    while not (watcher.num_announced >= num_records and READERS[reader] <= set(watcher.reads)):
         read()
 
 
@@ -164,5 +176,5 @@ if __name__ == "__main__":
         write(Path(sys.argv[2]), int(sys.argv[3]))
     else:
         watcher = Watcher(Path(sys.argv[2]), int(sys.argv[4]))
-        watch(getattr(watcher, sys.argv[1]), float(sys.argv[3]))
+        watch(watcher, sys.argv[1], int(sys.argv[3]))
         print(" ".join(f"{what}={count}" for what, count in watcher.reads.items()))
