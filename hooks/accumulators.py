@@ -18,6 +18,7 @@ from sonde.log import LogArray
 
 from .host_copies import start_copy
 from .log_arrays import to_log_array
+from .references import Reference, gram_offsets
 from .self_products import self_product
 
 # Of a copy in a room, in bytes: a line of the cache.
@@ -65,10 +66,14 @@ class Part:
     Attributes:
         values: What it records of them.
         features: Their features, where other parts need them; [batch, features].
+        reference: What was subtracted from the features.
+        offsets: What that takes from inner products; float64 [batch].
     """
 
     values: Tensor
     features: Tensor | None = None
+    reference: Reference | None = None
+    offsets: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -76,8 +81,8 @@ class Part:
         return 0 if self.features is None else self.features.nbytes
 
 
-Join: TypeAlias = Callable[[Sequence[Part], str], LogArray]
-"""Makes what is recorded of a layer of all its parts, in the order of the examples."""
+Join: TypeAlias = Callable[[Sequence[Part], str], list[LogArray]]
+"""Makes what is recorded of a layer from all its parts, in the order of the examples."""
 
 
 class Accumulator(ABC):
@@ -97,7 +102,7 @@ class Accumulator(ABC):
         """
 
     @abstractmethod
-    def result(self, layer: str) -> LogArray:
+    def arrays(self, layer: str) -> list[LogArray]:
         """Return what is recorded of the layer."""
 
 
@@ -118,6 +123,8 @@ class GramAccumulator(Accumulator):
         self._num_examples = num_examples
         self._room = room or Room(device)
         self._gram = torch.zeros(num_examples, num_examples, dtype=dtype, device=device)
+        self._reference: Reference | None = None
+        self._offsets = torch.zeros(num_examples, dtype=torch.float64, device=device)
         self._held: list[tuple[slice, Tensor]] = []
         self._next = 0
 
@@ -131,22 +138,35 @@ class GramAccumulator(Accumulator):
         batch = as_matrix(features)
         rows = slice(self._next, self._next + len(batch))
         self._next = rows.stop
+        if self._reference is None:  # The same for all batches, in all passes.
+            self._reference = Reference.of(batch, self._dtype)
         # Later batches need these features again, and the model may overwrite them.
-        is_needed = is_held and rows.stop < self._num_examples
-        batch = self._room.copy(batch, self._dtype) if is_needed else batch.to(self._dtype)
-        for columns, other in self._held:
-            torch.mm(batch, other.T, out=self._gram[rows, columns])
-            self._gram[columns, rows] = self._gram[rows, columns].T
-        if is_held:
-            self._gram[rows, rows] = self_product(batch)
-        if is_needed:
-            self._held.append((rows, batch))
+        if is_held and rows.stop < self._num_examples:
+            copy = self._reference.subtract_from(self._room.copy(batch, self._dtype))
+            self._multiply(rows, slice(None), copy, is_held)
+            self._held.append((rows, copy))
+        else:
+            for columns, piece in self._reference.pieces(batch):
+                self._multiply(rows, columns, piece, is_held)
+        for others, _ in self._held:
+            if others != rows:
+                self._gram[others, rows] = self._gram[rows, others].T
         if rows.stop == self._num_examples:
             self._held = []
 
-    def result(self, layer: str) -> LogArray:
+    def _multiply(self, rows: slice, columns: slice, relative: Tensor, is_held: bool) -> None:
+        """Add the products of some columns of features to those of the columns before."""
+        assert self._reference is not None  # It is chosen first.
+        for others, held in self._held:
+            self._gram[rows, others].addmm_(relative, held[:, columns].T)
+        if is_held:
+            self._gram[rows, rows] += self_product(relative)
+            self._offsets[rows] += self._reference.offsets(relative, columns)
+
+    def arrays(self, layer: str) -> list[LogArray]:
         """Return what is recorded of the layer."""
-        return to_log_array(self._gram, "gram", ("example", "other_example"), layer)
+        gram = to_log_array(self._gram, "gram", ("example", "other_example"), layer)
+        return [gram, *gram_offsets([self._reference], self._offsets, layer)]
 
 
 class PartAccumulator(Accumulator):
@@ -166,7 +186,7 @@ class PartAccumulator(Accumulator):
         """Take the features of the next examples, [batch, …]."""
         self._parts.append(self._reduce(features))
 
-    def result(self, layer: str) -> LogArray:
+    def arrays(self, layer: str) -> list[LogArray]:
         """Return what is recorded of the layer."""
         return self._join(self._parts, layer)
 
@@ -177,26 +197,31 @@ class RowsAccumulator(Accumulator):
     Many small ones, made in between, would keep the memory of large ones from being given back.
 
     Args:
-        reduce: Makes the rows of a batch.
+        reduce: Makes the rows of a batch, alike those of the first part.
         rows: The tensor, [examples, …].
         join: Makes what is recorded of it.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor], rows: Tensor, join: Join) -> None:
+    def __init__(
+        self, reduce: Callable[[Tensor, Part | None], Part], rows: Tensor, join: Join
+    ) -> None:
         self._reduce = reduce
         self._join = join
         self._rows = rows
+        self._first: Part | None = None
         self._next = 0
 
     def add(self, features: Tensor, *, is_held: bool = True) -> None:
         """Take the features of the next examples, [batch, …]."""
-        values = self._reduce(features)
-        start_copy(self._rows[self._next : self._next + len(values)], values)
-        self._next += len(values)
+        part = self._reduce(features, self._first)
+        if self._first is None:
+            self._first = Part(self._rows, reference=part.reference)
+        start_copy(self._rows[self._next : self._next + len(part.values)], part.values)
+        self._next += len(part.values)
 
-    def result(self, layer: str) -> LogArray:
+    def arrays(self, layer: str) -> list[LogArray]:
         """Return what is recorded of the layer."""
-        return self._join([Part(self._rows)], layer)
+        return self._join([self._first or Part(self._rows)], layer)
 
 
 def as_matrix(features: Tensor) -> Tensor:

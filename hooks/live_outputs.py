@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from .example_axes import why_no_axis
 from .live_examples import describe_examples, left_out, micro_batches_of, nothing_of
 from .measures.base import Observation, Recording
 from .precision import full_precision
+from .references import reference_attributes
 from .stores import Store
 from .taps import is_recomputing, tapped, tensor_leaves
 from .training import MicroBatch, Pass, TrainingStep
@@ -67,6 +68,7 @@ class LiveOutputs(Observation):
         self._not_held: set[_Key] = set()
         self._of_gradients = of_gradients
         self._parts: dict[Pass, dict[_Key, Part]] = defaultdict(dict)
+        self._first: dict[_Key, Part] = {}
         self._calls: dict[Pass, Counter[str]] = defaultdict(Counter)
         self._expected: dict[str, None] = {}
         self._missing: dict[str, str] = {}
@@ -106,6 +108,7 @@ class LiveOutputs(Observation):
         sizes = self._store.block_sizes([micro_batch.num_examples for micro_batch in micro_batches])
         if sizes is not None:
             attributes["block_sizes"] = sizes
+        attributes |= reference_attributes(arrays)
         return Recording(
             [*examples, *arrays] if arrays else [],
             attributes,
@@ -135,7 +138,7 @@ class LiveOutputs(Observation):
                 continue
             try:
                 with full_precision():
-                    arrays.append(self._store.join(found, name))
+                    arrays += self._store.join(found, name)
                 self._recorded_shapes[name] = shapes[name]
             except InvalidInputError as error:
                 self._missing[name] = str(error)
@@ -244,11 +247,15 @@ class LiveOutputs(Observation):
         self._free_bytes -= num_bytes * is_held
         # The training's autocast would multiply in half precision.
         with torch.autocast(features.device.type, enabled=False), full_precision():
-            self._parts[one][key] = self._store.part(features.detach(), is_held=is_held)
+            first = self._first.get(key)
+            part = self._store.part(features.detach(), is_held=is_held, first=first)
+        # Its values are not kept twice: what the others need of it is what was subtracted.
+        self._first.setdefault(key, Part(part.values[:0], reference=part.reference))
+        self._parts[one][key] = part
 
     def _let_go(self, key: _Key) -> None:
         """Free what is held of a layer that cannot be joined any more."""
         for parts in self._parts.values():
             if key in parts and parts[key].features is not None:
                 self._free_bytes += parts[key].num_bytes
-                parts[key] = Part(parts[key].values)
+                parts[key] = replace(parts[key], features=None)

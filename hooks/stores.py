@@ -33,10 +33,10 @@ from .accumulators import (
 )
 from .host_copies import empty_on_host, start_copy, wait_for_copies
 from .log_arrays import to_log_array
+from .parts import offset_arrays, part_of_blocks, reference_for, relative_to
+from .projections import projected
+from .references import SKETCH_REFERENCE, Reference
 from .self_products import self_product
-
-_DENSE_DIM = 256
-_DENSE_FEATURES = 4096
 
 
 class Store(ABC):
@@ -65,16 +65,17 @@ class Store(ABC):
         """Return how many bytes are kept of a layer whose features of an example have a shape."""
 
     @abstractmethod
-    def part(self, features: Tensor, *, is_held: bool) -> Part:
+    def part(self, features: Tensor, *, is_held: bool, first: Part | None = None) -> Part:
         """Reduce the features of some examples, [batch, …], to what is kept of them.
 
         Args:
             features: The features.
             is_held: Keep what joining them with other parts takes.
+            first: The first part that these will be joined with, if there was one.
         """
 
     @abstractmethod
-    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+    def join(self, parts: Sequence[Part], layer: str) -> list[LogArray]:
         """Return what is recorded of a layer, from all its parts in the order of the examples.
 
         Raises:
@@ -91,7 +92,9 @@ class Gram(Store):
     """Keep the examples × examples matrix of inner products, exact.
 
     It is enough for CKA, principal components over examples and stiffness, and it does not grow
-    with the width of the layer. Half-precision features are multiplied in float32.
+    with the width of the layer. Half-precision features are multiplied in float32. Where features
+    lie far from zero, so that this would lose what differs between examples, a reference is
+    subtracted first; the record says so, and readers return the inner products of the features.
 
     Args:
         dtype: float32 or float64; by default float64 for float64 features, else float32.
@@ -148,20 +151,24 @@ class Gram(Store):
         return self.dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
     def held(self, features: Tensor) -> Tensor:
-        """Return a copy of features as they are multiplied, [batch, features]."""
+        """Return a copy of features in the type in which they are multiplied, [batch, features]."""
         batch = as_matrix(features)
         return batch.to(self.dtype_for(batch.dtype), copy=True)
 
-    def part(self, features: Tensor, *, is_held: bool) -> Part:
+    def part(self, features: Tensor, *, is_held: bool, first: Part | None = None) -> Part:
         """Return the matrix of some examples, and a copy of their features where that is held."""
         batch = as_matrix(features)
-        batch = batch.to(self.dtype_for(batch.dtype), copy=is_held)
+        dtype = self.dtype_for(batch.dtype)
         if self.block is not None:
-            blocks = batch.split(self.block)
-            return Part(torch.cat([self_product(rows).flatten() for rows in blocks]))
-        return Part(self_product(batch), batch if is_held else None)
+            return part_of_blocks(batch.split(self.block), dtype)
+        reference = reference_for(batch, dtype, first)
+        if not is_held:
+            products, offsets = reference.products(batch)
+            return Part(products, None, reference, offsets)
+        relative = reference.subtract_from(batch.to(dtype, copy=True))
+        return Part(self_product(relative), relative, reference, reference.offsets(relative))
 
-    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+    def join(self, parts: Sequence[Part], layer: str) -> list[LogArray]:
         """Return the matrix of all examples.
 
         Raises:
@@ -169,7 +176,8 @@ class Gram(Store):
         """
         if self.block is not None:
             blocks = torch.cat([part.values for part in parts])
-            return to_log_array(blocks, "gram_blocks", ("pair",), layer)
+            gram_blocks = to_log_array(blocks, "gram_blocks", ("pair",), layer)
+            return [gram_blocks, *offset_arrays(parts, layer)]
         features = [part.features for part in parts if part.features is not None]
         if len(features) < len(parts) > 1:
             raise InvalidInputError(
@@ -181,14 +189,17 @@ class Gram(Store):
         rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         gram = parts[0].values
         if len(parts) > 1:
-            _check_widths([part.shape[1] for part in features])
+            _check_widths([of_part.shape[1] for of_part in features])
             gram = gram.new_zeros(ends[-1], ends[-1])
+            parts = [relative_to(parts[0], part) for part in parts]
+            features = [part.features for part in parts if part.features is not None]
         for i, part in enumerate(parts if len(parts) > 1 else []):
             gram[rows[i], rows[i]] = part.values
             for j, other in enumerate(features[:i]):
                 gram[rows[i], rows[j]] = features[i] @ other.T
                 gram[rows[j], rows[i]] = gram[rows[i], rows[j]].T
-        return to_log_array(gram, "gram", ("example", "other_example"), layer)
+        array = to_log_array(gram, "gram", ("example", "other_example"), layer)
+        return [array, *offset_arrays(parts, layer)]
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -202,7 +213,9 @@ class Sketch(Store):
     Each feature goes, with a random sign, to one of `dim` sums (count sketch; Charikar, Chen and
     Farach-Colton, 2002). The inner product of two sketches has the inner product of the features as
     its mean, and a variance of at most (‖x‖²‖y‖² + ⟨x,y⟩²) / dim. For the same number of features
-    the projection is the same in every run, on every rank and device.
+    the projection is the same in every run, on every rank and device. Where features lie far from
+    zero, their difference to a reference is projected in float32, and the reference in float64;
+    readers return the sum of both, which is the projection of the features.
 
     Args:
         dim: The number of sums.
@@ -222,39 +235,59 @@ class Sketch(Store):
     def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
 
-        def sketches(features: Tensor) -> Tensor:
-            return self.part(features, is_held=False).values
+        def sketches(features: Tensor, first: Part | None) -> Part:
+            return self.part(features, is_held=False, first=first)
 
-        rows = sketches(none).new_empty(num_examples, self.dim)
+        rows = sketches(none, None).values.new_empty(num_examples, self.dim)
         return RowsAccumulator(sketches, rows, self.join)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer, whatever the shape of its features."""
         return num_examples * self.dim * (8 if dtype == torch.float64 else 4)
 
-    def part(self, features: Tensor, *, is_held: bool) -> Part:
-        """Return the sketches of some examples."""
+    def part(self, features: Tensor, *, is_held: bool, first: Part | None = None) -> Part:
+        """Return the sketches of some examples, of what differs from the reference if there is one.
+
+        Args:
+            features: The features.
+            is_held: Not used.
+            first: The first part that these will be joined with, if there was one.
+        """
         batch = as_matrix(features)
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        bucket, sign = _projection_on(batch.device, batch.shape[1], self.dim, self.seed)
-        sign = sign.to(dtype)
-        batch = batch.to(dtype)
-        if self.dim > _DENSE_DIM:
-            sums = torch.zeros(self.dim, len(batch), dtype=dtype, device=batch.device)
-            return Part(sums.index_add_(0, bucket, (batch * sign).T).T)
-        sums = torch.zeros(len(batch), self.dim, dtype=dtype, device=batch.device)
-        for start in range(0, batch.shape[1], _DENSE_FEATURES):
-            some = slice(start, start + _DENSE_FEATURES)
-            # Nearly all of it is zero; for a small dim a product of matrices is faster yet.
-            projection = torch.zeros(len(sign[some]), self.dim, dtype=dtype, device=batch.device)
-            projection.scatter_(1, bucket[some, None], sign[some, None])
-            sums.addmm_(batch[:, some], projection)
-        return Part(sums)
+        reference = reference_for(batch, dtype, first)
+        return Part(self.project(batch, reference), reference=reference)
 
-    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+    def project(self, features: Tensor, reference: Reference | None = None) -> Tensor:
+        """Return the sketches of features, or of what differs from a reference, [batch, dim].
+
+        Args:
+            features: The features, [batch, features].
+            reference: What is subtracted from them.
+        """
+        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+        reference = reference or Reference(None, wide)
+        return projected(reference.pieces(features), features.shape[1], self.dim, self.seed)
+
+    def join(self, parts: Sequence[Part], layer: str) -> list[LogArray]:
         """Return the sketches of all examples."""
-        sketches = _one_behind_the_other(parts)
-        return to_log_array(sketches, "sketch", ("example", "sketch"), layer)
+        first = self._of_reference(parts[0])
+        shifted = [
+            part
+            if part.reference is parts[0].reference
+            else Part(part.values + (self._of_reference(part) - first).to(part.values.dtype))
+            for part in parts
+        ]
+        arrays = [to_log_array(_concatenated(shifted), "sketch", ("example", "sketch"), layer)]
+        if parts[0].reference is not None and not parts[0].reference.is_zero:
+            arrays.append(to_log_array(first, SKETCH_REFERENCE, ("sketch",), layer))
+        return arrays
+
+    def _of_reference(self, part: Part) -> Tensor:
+        """Return the sketch of what was subtracted, float64 [dim]."""
+        if part.reference is None or part.reference.values is None:
+            return part.values.new_zeros(self.dim, dtype=torch.float64)
+        return self.project(part.reference.values.double()[None])[0]
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -295,7 +328,7 @@ class Full(Store):
         rows = self.rows(none)
         shape = (num_examples, rows.shape[1])
         kept = empty_on_host(shape, self.dtype or rows.dtype, none.device)
-        return RowsAccumulator(self.rows, kept, self.join)
+        return RowsAccumulator(lambda batch, _: Part(self.rows(batch)), kept, self.join)
 
     def kept_bytes(self, num_examples: int, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return how many bytes are kept of a layer."""
@@ -303,7 +336,7 @@ class Full(Store):
         kept = min(num_features, self.units or num_features)
         return num_examples * kept * (self.dtype or dtype).itemsize
 
-    def part(self, features: Tensor, *, is_held: bool) -> Part:
+    def part(self, features: Tensor, *, is_held: bool, first: Part | None = None) -> Part:
         """Return a copy of the features of some examples."""
         rows = self.rows(features)
         copy = empty_on_host(rows.shape, self.dtype or rows.dtype, rows.device)
@@ -321,15 +354,16 @@ class Full(Store):
             kept = kept[:, _drawn(kept.shape[1], self.units, self.seed).to(kept.device)]
         return kept
 
-    def join(self, parts: Sequence[Part], layer: str) -> LogArray:
+    def join(self, parts: Sequence[Part], layer: str) -> list[LogArray]:
         """Return the features of all examples.
 
         Raises:
             InvalidInputError: If their number differs.
         """
         _check_widths([part.values.shape[1] for part in parts])
-        features = _one_behind_the_other(parts)
-        return to_log_array(features, "full", ("example", f"feature_{features.shape[1]}"), layer)
+        features = _concatenated(parts)
+        dims = ("example", f"feature_{features.shape[1]}")
+        return [to_log_array(features, "full", dims, layer)]
 
     def describe(self) -> dict[str, Any]:
         """Return what the run's description says of the store."""
@@ -342,7 +376,7 @@ class Full(Store):
         }
 
 
-def _one_behind_the_other(parts: Sequence[Part]) -> Tensor:
+def _concatenated(parts: Sequence[Part]) -> Tensor:
     wait_for_copies()
     values = [part.values for part in parts]
     return torch.cat(values) if len(values) > 1 else values[0]
@@ -351,25 +385,6 @@ def _one_behind_the_other(parts: Sequence[Part]) -> Tensor:
 def _check_widths(widths: Sequence[int]) -> None:
     if len(set(widths)) > 1:
         raise InvalidInputError(f"its number of features differs between batches: {set(widths)}")
-
-
-@lru_cache(maxsize=32)
-def _projection(num_features: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the sum each feature goes to, and its sign, on the CPU."""
-    # Raw bits of a specified generator: they outlive versions of torch and NumPy.
-    raw = np.random.PCG64([seed, num_features, dim]).random_raw(num_features)
-    bucket = torch.from_numpy(((raw >> np.uint64(32)) % np.uint64(dim)).astype(np.int64))
-    sign = torch.from_numpy((raw & np.uint64(1)).astype(np.int64) * 2 - 1)
-    return bucket, sign
-
-
-@lru_cache(maxsize=32)
-def _projection_on(
-    device: torch.device, num_features: int, dim: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return the same on a device."""
-    bucket, sign = _projection(num_features, dim, seed)
-    return bucket.to(device), sign.to(device)
 
 
 @lru_cache(maxsize=32)

@@ -32,7 +32,7 @@ def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tenso
     values, squares = [], []
     for _, formed in factor.blocks():
         squares.append(row_squares(formed))
-        values.append(store.part(formed, is_held=False).values.cpu())
+        values.append(store.project(formed).cpu())
     return torch.cat(values), torch.cat(squares)
 
 

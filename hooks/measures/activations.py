@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.passes import Pass, pass_bytes, plan_passes
 from sonde.hooks.probes import Probe, call, device_of, undisturbed
 from sonde.hooks.random_states import RandomStates
+from sonde.hooks.references import reference_attributes
 from sonde.hooks.select import select_layers
 from sonde.hooks.sharded_outputs import OwnPart, join_ranks
 from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
@@ -143,17 +144,17 @@ class Activations(LayerMeasure):
         outputs = _Outputs(own, shards.num_examples, small)
         held_bytes = small.held_bytes(self.store)
         kept_bytes = small.kept_bytes(self.store, probe.num_examples)
-        arrays = []
+        arrays: list[LogArray] = []
         # A layer is held whole, as if another batch without examples came.
         for held in plan_passes(held_bytes, [shards.largest, 0], self._usable_bytes, kept_bytes):
             outputs.start_pass(dict.fromkeys(held, range(1)), 0)
             agreed(lambda: self._run_part(model, probe, selected, shards, outputs, random_states))
             outputs.add_missing(tell_all(outputs.missing))
             for name in outputs.complete(held):
-                arrays.append(join_ranks(outputs.accumulator(name), shards, name))
+                arrays += join_ranks(outputs.accumulator(name), shards, name)
         if not shards.is_first:
             return Recording()
-        recording = outputs.recorded([array for array in arrays if array is not None])
+        recording = outputs.recorded(arrays)
         block_sizes = self.store.block_sizes(shards.all_batch_sizes())
         if block_sizes is not None:
             recording.attributes["block_sizes"] = block_sizes
@@ -245,7 +246,8 @@ class _Outputs:
         self._held = dict.fromkeys(self._accumulators, range(0))
         self.finish_pass(selected)
         complete = self.complete(self._accumulators)
-        return self.recorded([self._accumulators[name].result(name) for name in complete])
+        arrays = [self._accumulators[name].arrays(name) for name in complete]
+        return self.recorded([array for of_layer in arrays for array in of_layer])
 
     def finish_pass(self, selected: dict[str, nn.Module]) -> None:
         """Note what is missing of the outputs whose last batch this was, and of the layers."""
@@ -275,7 +277,9 @@ class _Outputs:
         shapes = {
             array.layer: self._shapes[array.layer] for array in arrays if array.layer is not None
         }
-        return Recording(arrays, missing=self.missing, notes={"layers": {"feature_shapes": shapes}})
+        attributes: dict[str, Any] = {**reference_attributes(arrays)}
+        notes: dict[str, Mapping[str, Any]] = {"layers": {"feature_shapes": shapes}}
+        return Recording(arrays, attributes, self.missing, notes)
 
     def _add(self, name: str, tensor: Tensor) -> None:
         if name in self.missing:

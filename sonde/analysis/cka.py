@@ -20,6 +20,7 @@ from sonde.exceptions import (
     MismatchError,
     StepNotFoundError,
 )
+from sonde.log.relative import BESIDE, is_rounding
 
 from . import kernels
 from ._select import measure_log, select_layers, select_steps
@@ -227,7 +228,7 @@ def _centered(
     problem = None
     centered: kernels.Array | None = None
     try:
-        grams = log.gram_blocks(name, step)
+        grams = log.gram_blocks(name, step, relative=True)
     except LayerNotFoundError:  # The run has this layer, this record has not.
         problem = "no record"
     else:
@@ -238,7 +239,9 @@ def _centered(
             grams = [grams[0][np.ix_(rows, rows)]]
         if all(np.isfinite(gram).all() for gram in grams):
             centered = _centered_grams(grams, unbiased, where)
-            problem = None if centered.any() else "no variance over the examples"
+            if not centered.any() or is_rounding(log, step, name):
+                centered[:] = 0
+                problem = "no variance over the examples"
         else:
             centered = np.full(sum(gram.size for gram in grams), np.nan)
             problem = "non-finite activations"
@@ -325,7 +328,7 @@ def _align(
 
 def _features_of(log: MeasureLog) -> str:
     """Say what was compared: flattened or pooled feature maps, and from which store."""
-    stores = sorted({field for _, field in log.streams})
+    stores = sorted({field for _, field in log.streams} - set(BESIDE.values()))
     for measure in log.run.info.get("measures", []):
         if (measure.get("measure"), measure.get("source")) == (log.measure, log.source):
             return f"{measure.get('features', 'as recorded')} ({', '.join(stores)})"

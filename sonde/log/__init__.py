@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .damage import Damage
-    from .measure_log import LayerLog, MeasureLog
+    from .layer_log import LayerLog
+    from .measure_log import MeasureLog
     from .payload import LogArray
     from .run import Run, open_run
     from .writer import LogWriter
@@ -18,7 +19,7 @@ __all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "
 
 _HOMES = {
     "Damage": "damage",
-    "LayerLog": "measure_log",
+    "LayerLog": "layer_log",
     "LogArray": "payload",
     "LogWriter": "writer",
     "MeasureLog": "measure_log",

@@ -1,4 +1,4 @@
-"""The records of one measure, and of one layer of it, as readers see them."""
+"""The records of one measure, as readers see them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from sonde.exceptions import (
 
 from . import products
 from .examples import Examples
+from .layer_log import LayerLog
 from .parts import Part, StreamKey, StreamShape
 from .payload import widened, wider
 from .ranks import Shares, merge_ids, table_ids
+from .relative import absolute, split
 
 if TYPE_CHECKING:
     from .run import Run
@@ -150,13 +152,16 @@ class MeasureLog:
     ) -> npt.NDArray[Any]:
         """Return one array of one record; what was stored in half precision as float32.
 
-        NumPy and xarray add float16 up in float16: the mean of 4,096 ones would be 0.5.
+        NumPy and xarray add float16 up in float16: the mean of 4,096 ones would be 0.5. What was
+        stored relative to a reference, as Gram matrices and sketches of features far from zero are,
+        is returned as that of the features themselves, in float64.
 
         Args:
             field: What the array is, such as `logits`.
             step: The step; negative numbers count from the end.
             layer: The layer it belongs to, if any.
-            as_stored: Leave float16 as it is. NumPy has no bfloat16, which is float32 anyway.
+            as_stored: Leave float16 as it is (NumPy has no bfloat16, which is float32 anyway), and
+                what is relative to a reference, too.
 
         Where each rank recorded its own examples, this holds all of them in the order of `ids_at`;
         an array without examples is that of the lowest rank.
@@ -167,7 +172,7 @@ class MeasureLog:
             MismatchError: If the ranks' parts cannot be put together.
         """
         wanted = self.resolve_step(step)
-        values = self.run._retry(lambda: self._read(wanted, (layer, field)))
+        values = self.run._retry(lambda: self._read(wanted, (layer, field), as_stored))
         return values if as_stored else widened(values)
 
     def stack(
@@ -184,7 +189,7 @@ class MeasureLog:
             field: What the array is.
             steps: The steps; None takes those of `steps_of`.
             layer: The layer it belongs to, if any.
-            as_stored: Leave float16 as it is, which is float32 otherwise; see `array`.
+            as_stored: Leave the arrays as they are; see `array`.
 
         Raises:
             StepNotFoundError: If a step was not recorded.
@@ -196,17 +201,21 @@ class MeasureLog:
                 self._require(next(iter(self._records)), (layer, field))
         else:
             wanted = [self.resolve_step(step) for step in steps]
-        arrays = self.run._retry(lambda: self._read_many(wanted, (layer, field)))
+        arrays = self.run._retry(lambda: self._read_many(wanted, (layer, field), as_stored))
         # Widened while it is stacked, so that no array is there twice in its wider form.
         dtype = np.result_type(*{values.dtype for values in arrays})
         return np.stack(arrays, dtype=dtype if as_stored else wider(dtype))
 
-    def gram(self, step: int = -1, layer: str | None = None) -> npt.NDArray[np.float64]:
+    def gram(
+        self, step: int = -1, layer: str | None = None, *, relative: bool = False
+    ) -> npt.NDArray[np.float64]:
         """Return a Gram matrix over the examples.
 
         Args:
             step: The step; negative numbers count from the end.
             layer: The layer; None is the sum over all layers, where the measure has one.
+            relative: Of features minus one vector, the same for all examples, where that keeps more
+                digits. Centring, and so CKA, gives the same of both; norms and cosines do not.
 
         Returns:
             float64 [examples, examples], computed from whichever store was kept. From a sketch it
@@ -217,7 +226,7 @@ class MeasureLog:
             StepNotFoundError: If the step was not recorded.
             LayerNotFoundError: If the record has no such layer.
         """
-        return products.gram(self, step, layer)
+        return products.gram(self, step, layer, relative=relative)
 
     def cross_gram(
         self, step: int, other_step: int, layer: str | None = None
@@ -241,12 +250,15 @@ class MeasureLog:
         """
         return products.cross_gram(self, step, other_step, layer)
 
-    def gram_blocks(self, layer: str, step: int = -1) -> list[npt.NDArray[np.float64]]:
+    def gram_blocks(
+        self, layer: str, step: int = -1, *, relative: bool = False
+    ) -> list[npt.NDArray[np.float64]]:
         """Return the Gram matrix of a layer by blocks of examples: one, unless only some were kept.
 
         Args:
             layer: The layer.
             step: The step; negative numbers count from the end.
+            relative: Of features minus a vector of the block; see `gram`.
 
         Returns:
             float64 [examples of the block, examples of the block] each, in the order of examples.
@@ -256,11 +268,10 @@ class MeasureLog:
             LayerNotFoundError: If the record has no such layer.
         """
         if "gram_blocks" not in self._check_layer(layer):
-            return [self.gram(step, layer)]
+            return [self.gram(step, layer, relative=relative)]
         sizes = self.attributes(step)["block_sizes"]
-        values = self.array("gram_blocks", step, layer).astype(np.float64)
-        ends = np.cumsum(np.square(sizes))
-        blocks = np.split(values, ends[:-1])
+        values = self.array("gram_blocks", step, layer, as_stored=relative).astype(np.float64)
+        blocks = split(values, np.square(sizes))
         return [block.reshape(size, size) for block, size in zip(blocks, sizes, strict=True)]
 
     def features(self, layer: str, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
@@ -269,7 +280,7 @@ class MeasureLog:
         Args:
             layer: The layer.
             step: The step; negative numbers count from the end.
-            as_stored: Leave float16 as it is, which is float32 otherwise; see `array`.
+            as_stored: Leave the array as it is; see `array`.
 
         Raises:
             StepNotFoundError: If the step was not recorded.
@@ -394,23 +405,30 @@ class MeasureLog:
         """Return what counts of a step that was there when it was asked for."""
         return self._records[self.resolve_step(step)]
 
-    def _read(self, step: int, key: StreamKey) -> npt.NDArray[Any]:
+    def _read(self, step: int, key: StreamKey, as_stored: bool) -> npt.NDArray[Any]:
         self._require(step, key)
         records = [share.record for share in self._shares(step)]
         arrays = [record.part.read(record.row, key) for record in records]
+        if not as_stored:
+            pairs = zip(records, arrays, strict=True)
+            arrays = [absolute(record, key, values) for record, values in pairs]
         return self._examples.join(step, arrays, self._dims(step, key))
 
-    def _read_many(self, steps: Sequence[int], key: StreamKey) -> list[npt.NDArray[Any]]:
+    def _read_many(
+        self, steps: Sequence[int], key: StreamKey, as_stored: bool
+    ) -> list[npt.NDArray[Any]]:
         arrays: list[npt.NDArray[Any]] = []
         for shares_part, group in groupby(steps, lambda step: self._only_part(step)):
             at = list(group)
             if shares_part is None:
-                arrays += [self._read(step, key) for step in at]
+                arrays += [self._read(step, key, as_stored) for step in at]
                 continue
             for step in at:
                 self._require(step, key)
             read = shares_part.read_many([self._records[step][0].record.row for step in at], key)
             for step, values in zip(at, read, strict=True):
+                if not as_stored:
+                    values = absolute(self._records[step][0].record, key, values)
                 arrays.append(self._examples.join(step, [values], self._dims(step, key)))
         return arrays
 
@@ -438,44 +456,6 @@ class MeasureLog:
             f"'{self.measure}' of run {self.run.name!r} has no '{field}' for {where} at step "
             f"{step}{rank}; there is: {', '.join(there) or 'nothing'}"
         )
-
-
-class LayerLog:
-    """The records of one layer of a measure.
-
-    Args:
-        log: The measure.
-        name: The layer.
-    """
-
-    def __init__(self, log: MeasureLog, name: str) -> None:
-        self._log = log
-        self.name = name
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps at which this layer was recorded."""
-        return sorted({s for field in self.fields for s in self._log.steps_of(field, self.name)})
-
-    @property
-    def fields(self) -> list[str]:
-        """What was kept of the layer, such as `gram` or `full`."""
-        return self._log.fields(self.name)
-
-    def gram(self, step: int = -1) -> npt.NDArray[np.float64]:
-        """Return the layer's Gram matrix, float64 [examples, examples]; see `MeasureLog.gram`."""
-        return self._log.gram(step, self.name)
-
-    def features(self, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
-        """Return the layer's stored [examples, features]; see `MeasureLog.features`."""
-        return self._log.features(self.name, step, as_stored=as_stored)
-
-    def array(self, field: str, step: int = -1, *, as_stored: bool = False) -> npt.NDArray[Any]:
-        """Return one array of the layer; see `MeasureLog.array`."""
-        return self._log.array(field, step, self.name, as_stored=as_stored)
-
-    def __repr__(self) -> str:
-        return f"<layer {self.name!r}: {', '.join(self.fields)} at {len(self.steps)} steps>"
 
 
 def _has(shares: Shares, key: StreamKey) -> bool:

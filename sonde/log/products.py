@@ -27,8 +27,15 @@ GRADIENTS = "example_gradients"
 _FEATURES = 1 << 16
 
 
-def gram(log: MeasureLog, step: int, layer: str | None) -> Products:
+def gram(log: MeasureLog, step: int, layer: str | None, *, relative: bool = False) -> Products:
     """Return the Gram matrix of a layer, float64 [examples, examples]; see `MeasureLog.gram`.
+
+    Args:
+        log: The measure.
+        step: A recorded step.
+        layer: A layer, or a parameter whose gradients were kept; None is all of them together.
+        relative: Of features minus one vector, the same for all examples: what was subtracted when
+            they were recorded, or their mean.
 
     Raises:
         StepNotFoundError: If the step was not recorded.
@@ -38,7 +45,7 @@ def gram(log: MeasureLog, step: int, layer: str | None) -> Products:
     whole = "gram_total" if layer is None else "gram"
     streams = log.describe(at)
     if (layer, whole) in streams:
-        return log.array(whole, at, layer).astype(np.float64)
+        return log.array(whole, at, layer, as_stored=relative).astype(np.float64)
     keys = row_keys(log, at, layer)
     if not keys and (layer, "gram_blocks") in streams:
         raise LayerNotFoundError(
@@ -47,7 +54,7 @@ def gram(log: MeasureLog, step: int, layer: str | None) -> Products:
         )
     if not keys:
         return log.array(whole, at, layer)  # Raises, and says what there is.
-    return _sum_of_products(log, [(key, at) for key in keys])
+    return _sum_of_products(log, [(key, at) for key in keys], relative=relative)
 
 
 def cross_gram(log: MeasureLog, step: int, other_step: int, layer: str | None) -> Products:
@@ -91,7 +98,11 @@ def owner_of(parameter: str) -> str:
 
 
 def _sum_of_products(
-    log: MeasureLog, rows: list[tuple[StreamKey, int]], other_step: int | None = None
+    log: MeasureLog,
+    rows: list[tuple[StreamKey, int]],
+    other_step: int | None = None,
+    *,
+    relative: bool = False,
 ) -> Products:
     """Add up, array by array, the products of rows with themselves, or with those of a step."""
     total: Products | None = None
@@ -102,8 +113,18 @@ def _sum_of_products(
             total = np.zeros((len(values), len(others)))
         for start in range(0, values.shape[1], _FEATURES):
             left = values[:, start : start + _FEATURES].astype(np.float64)
+            if relative:
+                left -= _finite_means(left)
             same = others is values
             right = left if same else others[:, start : start + _FEATURES].astype(np.float64)
             total += left @ right.T
     assert total is not None  # There is at least one array.
     return total
+
+
+def _finite_means(features: Products) -> Products:
+    """Return the means over examples; 0 where one is not finite, which would spread to all."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        means: Products = features.mean(0)
+    means[~np.isfinite(means)] = 0
+    return means

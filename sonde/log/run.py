@@ -265,7 +265,7 @@ class Run:
             measures: Only these measures.
             layers: Only these layers.
             steps: Only these steps.
-            as_stored: Leave float16 as it is. NumPy has no bfloat16, which is float32 anyway.
+            as_stored: Leave arrays as they are; see `MeasureLog.array`.
 
         Returns:
             A tree; variables are named `layer:field` or `field`, and their first axis is `step`.

@@ -29,7 +29,7 @@ def dataset_of(
         log: The records.
         layers: Only these layers; None takes all.
         steps: Only these steps; None takes all.
-        as_stored: Leave float16 as it is, which is float32 otherwise.
+        as_stored: Leave arrays as they are; see `MeasureLog.array`.
 
     Returns:
         A dataset with one variable per stream, first axis `step`.

@@ -281,9 +281,8 @@ def outputs_of(
         found = list(leaves(output))
         for way, tensor in found if len(found) != 1 else [("", found[0][1])]:
             row = tensor.reshape(1, -1).float()
-            sketch = STORE.accumulator(1, row[:0])
-            sketch.add(row)
-            sketches[f"{name}#{number}{way}" if number else name + way] = sketch.result(name).values
+            key = f"{name}#{number}{way}" if number else name + way
+            sketches[key] = STORE.project(row).numpy()
         if not found:
             sketches[name] = None
 
