@@ -6,7 +6,7 @@ once, marked in the log and switched off.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -106,12 +106,20 @@ class DueMeasures:
         for measure, error in self._live.begin(due).items():
             self._fail(measure, error, step)
 
-    def finish_live(self, step: int) -> None:
-        """Record what was seen of the training since the last step."""
+    def finish_live(self, step: int, *, is_before_update: bool = False) -> None:
+        """Record what was seen of the training since the last step.
+
+        Args:
+            step: The step.
+            is_before_update: The attached optimizer updates the weights next.
+        """
         if self._live is None or self._live.step is None or self._is_stopped:
             return
         self._log.state_start()
-        for measure, seen in self._live.finish().items():
+        dropped = self._live.step.dropped
+        finished = self._live.finish(is_before_update=is_before_update)
+        self._warn_of_dropped(dropped, step)
+        for measure, seen in finished.items():
             self._taken_at[measure] = step
             try:
                 if isinstance(seen, Exception):
@@ -167,6 +175,16 @@ class DueMeasures:
             )
             self._log.note("missed", step, measures=names, reason=reason)
             self._log.warn(f"{', '.join(names)} is scheduled by epochs, but {reason}")
+
+    def _warn_of_dropped(self, dropped: Mapping[str, int], step: int) -> None:
+        for reason, number in dropped.items():
+            self._log.note("dropped", step, passes=number, reason=reason)
+            batches = "a batch" if number == 1 else f"{number} batches"
+            self._log.warn(
+                f"records of the training at step {step} leave out {batches} that passed through "
+                f"the model, because {reason}; later ones are only noted in the log",
+                once=f"dropped: {reason}",
+            )
 
     def _is_due(self, measure: Measure, step: int, epoch: int | None) -> bool:
         return (measure.when or self._when).is_due(step, epoch)

@@ -35,16 +35,26 @@ class LiveMeasures:
             if measure in self._observed:
                 continue
             if self.step is None:
-                self.step = TrainingStep(self._subject.model, self._axes)
+                model, optimizers = self._subject.model, self._subject.optimizers
+                self.step = TrainingStep(model, self._axes, optimizers)
             try:
                 self._observed[measure] = measure.observe(self._subject, self.step)
             except Exception as error:
                 failed[measure] = error
         return failed
 
-    def finish(self) -> dict[Measure, Recording | Exception]:
-        """Leave the model as it was; return what each measure saw, or why it failed."""
+    def finish(self, *, is_before_update: bool) -> dict[Measure, Recording | Exception]:
+        """Leave the model as it was; return what each measure saw, or why it failed.
+
+        Args:
+            is_before_update: The attached optimizer updates the weights next.
+        """
         finished: dict[Measure, Recording | Exception] = {}
+        if self.step is not None and self.step.error is None:
+            try:
+                self.step.settle(is_before_update=is_before_update)
+            except Exception as error:
+                self.step.error = error
         for measure, observation in self._observed.items():
             try:
                 finished[measure] = observation.finish()

@@ -11,6 +11,7 @@ from sonde.log import LogArray
 from .measures.base import Recording
 from .training import MicroBatch, TrainingStep
 
+_NOTHING_COUNTS = "no pass counted, as their gradients were gone at the step"
 _NOTHING_SEEN = "no gradient came back to a forward pass between this step and the next"
 
 
@@ -33,12 +34,17 @@ def micro_batches_of(step: TrainingStep, error: Exception | None) -> list[MicroB
 def nothing_of(step: TrainingStep) -> Recording:
     """Return what is recorded of a step without micro-batches: why there is nothing."""
     empty = "its batches had no example" if step.num_empty_passes else None
-    return Recording(missing={"(model)": step.mismatch or empty or _NOTHING_SEEN})
+    gone = _NOTHING_COUNTS if step.dropped else None
+    return Recording(missing={"(model)": step.mismatch or gone or empty or _NOTHING_SEEN})
 
 
-def left_out(step: TrainingStep) -> tuple[dict[str, int], dict[str, str]]:
+def left_out(step: TrainingStep) -> tuple[dict[str, Any], dict[str, str]]:
     """Return how many passes a record leaves out, and of what kind that is not expected."""
-    counts = {"late_passes": step.num_late_passes, "empty_passes": step.num_empty_passes}
+    counts = {
+        "late_passes": step.num_late_passes,
+        "empty_passes": step.num_empty_passes,
+        "dropped": dict(step.dropped),
+    }
     missing = {}
     if step.num_empty_passes:
         missing["(empty batches)"] = "passes over batches without any example are left out"

@@ -195,9 +195,12 @@ class LiveOutputs(Observation):
 
     def _take(self, one: Pass, key: _Key, tensor: Tensor) -> None:
         name = key.name
+        is_transformed = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if tensor.requires_grad and not is_transformed:
+            tensor.register_hook(one.confirm)  # The pass counts, whatever is kept of this output.
         if name in self._missing:
             return
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_transformed:
             self._missing[name] = "it was called inside a transform of torch.func"
             return
         if tensor.is_nested or not tensor.is_floating_point():
@@ -221,8 +224,6 @@ class LiveOutputs(Observation):
                 tensor.register_hook(take)
         else:
             self._add(one, key, tensor.movedim(axis, 0))
-        if tensor.requires_grad:
-            tensor.register_hook(one.confirm)
 
     def _take_gradient(self, one: Pass, key: _Key, axis: int, gradient: Tensor | None) -> None:
         # One of ours may pass what a layer made of parameters alone.

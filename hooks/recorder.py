@@ -186,7 +186,7 @@ class Recorder:
     def _before_update(self, is_complete: bool) -> None:
         """Finish what is observed before the weights change, unless more gradients are to come."""
         if is_complete and self._due.has_gradients and not self._is_update_skipped():
-            self._due.finish_live(self.num_steps)
+            self._due.finish_live(self.num_steps, is_before_update=True)
         self.start()
 
     def _updated(self) -> None:

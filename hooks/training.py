@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 
+from . import own_work
+from .arrivals import Arrivals
 from .batch_axes import BatchAxes
-from .own_work import is_evaluated, parts_of
 from .probes import run_eagerly
+from .sharding import has_sharded_parameters
 from .taps import add_hook, is_recomputing, tensor_leaves
 
 
@@ -36,6 +40,11 @@ class Training:
 
 TRAINING = Training()
 """Record what the training itself computes, in its own forward and backward passes."""
+
+
+# Why a micro-batch does not count.
+_THROWN_AWAY = "their gradients were set to None or zero before the optimizer stepped"
+_NOT_UPDATED = "their gradients came to no parameter that the attached optimizer updates"
 
 
 @dataclass
@@ -71,10 +80,12 @@ class Pass:
 
     micro_batch: MicroBatch
     has_gradients: bool = False
+    backward_passes: set[int] = field(default_factory=set)
 
     def confirm(self, gradient: Tensor | None = None) -> None:
         """Note that a gradient arrived; a hook that leaves it as it is."""
         self.has_gradients = True
+        self.backward_passes.add(_backward_pass())
 
 
 @dataclass(eq=False)
@@ -113,11 +124,13 @@ class TrainingStep:
     """Observes the passes of one training step, from when it is made until `stop`.
 
     Passes without gradients, such as those of a validation, are left out; so are those after the
-    weights have changed, as an optimizer that evaluates its closure again makes them.
+    weights have changed, as an optimizer that evaluates its closure again makes them; and those
+    whose gradients are gone when the optimizer steps.
 
     Args:
         model: The model, without wrappers.
         axes: How the batch axis of layer outputs is found.
+        optimizers: Those that the recorder is attached to, which may come later.
 
     Attributes:
         axes: The same.
@@ -125,9 +138,15 @@ class TrainingStep:
         mismatch: Why nothing can be recorded of the step: what the loop told does not fit.
         num_late_passes: The number of passes left out as the weights had changed.
         num_empty_passes: The number of passes left out as their batch had no example.
+        dropped: How many micro-batches were left out as they did not count, by the reason.
     """
 
-    def __init__(self, model: nn.Module, axes: BatchAxes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: BatchAxes,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
         self._model = model
         self.axes = axes
         self._micro_batches: list[MicroBatch] = []
@@ -138,17 +157,24 @@ class TrainingStep:
         self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
         # Not those a pass finds: with sharded parameters the layers then hold others, whole ones.
         self._parameters = list(model.parameters())
-        self._versions = self._parameter_versions()
+        self._optimizers = optimizers
+        self._versions: dict[nn.Parameter, int] = {}
         self._is_lazy = any(isinstance(p, nn.UninitializedParameter) for p in model.parameters())
         self.error: Exception | None = None
         self.mismatch: str | None = None
         self.num_late_passes = 0
         self.num_empty_passes = 0
-        self._parts = parts_of(model)
+        self._parts = own_work.parts_of(model)
+        self.dropped: Counter[str] = Counter()
+        self._kept: dict[nn.Parameter, list[MicroBatch]] | None = None
         self._stack = ExitStack()
         self._stack.enter_context(run_eagerly())
         self._stack.callback(add_hook(model, self._guarded(self._enter), is_before=True))
         self._stack.callback(add_hook(model, self._guarded(self._leave), is_last=True))
+        self._arrivals = Arrivals[MicroBatch]()
+        # What arrives at sharded parameters is held elsewhere for a while.
+        if not self._is_lazy and not has_sharded_parameters(model):
+            self._follow_gradients()
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -157,7 +183,7 @@ class TrainingStep:
     @property
     def is_paused(self) -> bool:
         """Whether what runs now is no pass of the training, but an evaluation of ours."""
-        return is_evaluated(self._parts)
+        return own_work.is_evaluated(self._parts)
 
     def observes(self) -> bool:
         """Whether a hook that is called now is to look."""
@@ -170,8 +196,41 @@ class TrainingStep:
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
-        """The micro-batches that gradients came back to."""
+        """The micro-batches that gradients came back to; once it is settled, those that count."""
         return [micro_batch for micro_batch in self._micro_batches if micro_batch.has_gradients]
+
+    def arriving(self) -> list[MicroBatch]:
+        """Return the micro-batches whose gradients the backward pass that runs now brings."""
+        if self.num_late_passes or not self.observes():
+            return []
+        passes = [one for of in self._micro_batches for one in of.passes if one.has_gradients]
+        running = _backward_pass()
+        # Not within a reentrant checkpoint, which has a backward pass of its own.
+        if not any(running in one.backward_passes for one in passes):
+            running = max((max(one.backward_passes) for one in passes), default=running)
+        found = [one.micro_batch for one in passes if running in one.backward_passes]
+        return list(dict.fromkeys(found))
+
+    def settle(self, *, is_before_update: bool) -> None:
+        """Leave out what does not count, as the step is over.
+
+        Args:
+            is_before_update: The attached optimizer updates its parameters next, by the gradients
+                that they have now. After an update these may be cleared already.
+        """
+        updated = self._updated()
+        self._kept = self._arrivals.kept(updated if is_before_update else ())
+        looked_at = updated or set(self._kept)
+        counted = {one for p in looked_at for one in self._kept.get(p, [])}
+        came_to = self._arrivals.came_to(looked_at)
+        for one in self._arrivals.came_to(self._kept) - counted:
+            self.dropped[_THROWN_AWAY if one in came_to else _NOT_UPDATED] += 1
+            self._micro_batches.remove(one)
+
+    def counts_for(self, parameter: nn.Parameter, micro_batch: MicroBatch) -> bool:
+        """Tell whether the gradients of a micro-batch are in a parameter's, as far as is known."""
+        kept = None if self._kept is None else self._kept.get(parameter)
+        return kept is None or micro_batch in kept
 
     def forward_pass(self, first_input: Any) -> Pass | None:
         """Return the pass that a layer's call belongs to; None if it is not recorded.
@@ -303,7 +362,7 @@ class TrainingStep:
         if not self._micro_batches:
             # Only now: before, a model is prepared, or a checkpoint is loaded into it.
             self._versions = self._parameter_versions()
-        if self._versions != self._parameter_versions():
+        if self._has_changed():
             self.num_late_passes += 1
             return None
         micro_batch = MicroBatch(size)
@@ -313,8 +372,42 @@ class TrainingStep:
         self._micro_batches.append(micro_batch)
         return micro_batch
 
-    def _parameter_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters]
+    def _follow_gradients(self) -> None:
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                on_arrival = parameter.register_hook(partial(self._on_arrival, parameter))
+                added = parameter.register_post_accumulate_grad_hook(self._on_accumulated)
+                self._stack.callback(on_arrival.remove)
+                self._stack.callback(added.remove)
+
+    def _on_arrival(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if gradient is None or own_work.depth():
+            return
+        try:
+            arriving = self.arriving()
+            if arriving:
+                with own_work.within, torch.no_grad():
+                    self._arrivals.add(parameter, gradient, arriving)
+        except Exception as error:
+            self.error = error
+
+    def _on_accumulated(self, parameter: Tensor) -> None:
+        if self.arriving() and not own_work.depth():
+            self._arrivals.note_accumulated(parameter)  # type: ignore[arg-type] # it is one
+
+    def _parameter_versions(self) -> dict[nn.Parameter, int]:
+        return {parameter: parameter._version for parameter in self._parameters}
+
+    def _has_changed(self) -> bool:
+        """Tell whether weights have changed: those that make a step, if that is known."""
+        updated = self._updated()
+        versions = [pair for pair in self._versions.items() if not updated or pair[0] in updated]
+        return any(parameter._version != version for parameter, version in versions)
+
+    def _updated(self) -> set[nn.Parameter]:
+        """Return the parameters of the model that the attached optimizers update."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return {p for group in groups for p in group["params"]}.intersection(self._parameters)
 
 
 class BatchContext:
@@ -391,6 +484,11 @@ def _forward_of(model: nn.Module) -> Any:  # Any: a function of any kind.
     """Return the function behind a model's forward, whatever wraps it, as for mixed precision."""
     forward = inspect.unwrap(model.forward)
     return getattr(forward, "__func__", forward)
+
+
+def _backward_pass() -> int:
+    """Return the number of the backward pass that this thread is in."""
+    return torch._C._current_graph_task_id()  # Private, as in `is_recomputing`.
 
 
 def _to_numpy(values: Any) -> npt.NDArray[Any]:

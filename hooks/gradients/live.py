@@ -135,6 +135,7 @@ class LiveGradients(Observation):
     def _finish(self, micro_batches: list[MicroBatch]) -> Recording:
         for tensor in list(self._pending):
             self._settle(tensor)
+        self._checks.keep(micro_batches)
         failed = self._checks.failed()
         kept = KeptGradients(sum(one.num_examples for one in micro_batches))
         scales = _scales(micro_batches)
@@ -316,7 +317,8 @@ class LiveGradients(Observation):
                 total = factor.sum() if total is None else total + factor.sum()
             found.held[micro_batch] = self._hold(self._parameters[tensor], factor)
         if gradient is not None and tensor not in self._problems:
-            self._checks.add(tensor, gradient, total, self._delta_dtypes)
+            arriving = self._step.arriving()
+            self._checks.add(tensor, gradient, total, self._delta_dtypes, arriving)
 
     def _hold(self, parameter: OwnedParameter, factor: Factor) -> _Held:
         if not isinstance(self._store, Gram):
@@ -340,6 +342,10 @@ class LiveGradients(Observation):
         held = [found[one] for one in micro_batches if one in found]
         if not held:
             return "no gradient came back to it"
+        gone = [m for m in micro_batches if not self._step.counts_for(parameter.tensor, m)]
+        if gone:
+            of = f"{len(gone)} of {len(micro_batches)} micro-batches"
+            return f"its gradients of {of} were set to None or zero before the optimizer stepped"
         if len(held) < len(micro_batches):
             return f"it was seen in {len(held)} of {len(micro_batches)} micro-batches"
         if isinstance(self._store, Gram):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class _Check:
     distance: Tensor
     norm: Tensor
     tolerance: float
+    parts: Collection[Hashable]
 
 
 class SumChecks:
@@ -40,6 +41,7 @@ class SumChecks:
         gradient: Tensor,
         total: Tensor | None,
         dtypes: Collection[torch.dtype],
+        parts: Collection[Hashable] = (),
     ) -> None:
         """Compare the gradient of a parameter, as it arrives, with the sum over examples.
 
@@ -48,6 +50,7 @@ class SumChecks:
             gradient: Its gradient.
             total: The sum, flattened; None is zero.
             dtypes: The types of the gradients that made it.
+            parts: What it came from, such as micro-batches; nothing where that is not known.
         """
         flat = gradient.detach().to_dense().flatten()
         wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
@@ -57,7 +60,15 @@ class SumChecks:
         if flat.is_cuda and lowest == torch.float32:
             tolerance = _GPU_TOLERANCE
         norm = flat.to(wide).norm()
-        self._checks[parameter].append(_Check(difference.norm(), norm, tolerance))
+        self._checks[parameter].append(_Check(difference.norm(), norm, tolerance, parts))
+
+    def keep(self, counted: Collection[Hashable]) -> None:
+        """Drop the comparisons of what came from nothing that counts."""
+        for parameter, checks in list(self._checks.items()):
+            kept = [one for one in checks if not one.parts or any(p in counted for p in one.parts)]
+            self._checks[parameter] = kept
+            if not kept:
+                del self._checks[parameter]
 
     def failed(self) -> dict[nn.Parameter, str]:
         """Return which parameters' gradients do not add up, and by how much."""
