@@ -48,9 +48,11 @@ class ClassLoss:
             logits: [examples, classes, …].
             targets: A class for each position, [examples, …].
         """
-        wide = logits.float() if logits.dtype.itemsize < 4 else logits
         is_counted = targets != self.ignore_index
-        classes = targets.where(is_counted, 0)
+        return self._each(logits, targets.where(is_counted, 0)).where(is_counted, 0)
+
+    def _each(self, logits: Tensor, classes: Tensor) -> Tensor:
+        wide = logits.float() if logits.dtype.itemsize < 4 else logits
         at = classes.unsqueeze(1)
         own = wide.gather(1, at)
         # An infinite logit is no certainty: torch's own loss is no number either.
@@ -65,7 +67,7 @@ class ClassLoss:
         if self.label_smoothing:
             spread = self._spread(wide, own + each)
             losses = losses + self.label_smoothing * (spread - losses)
-        return losses.where(is_counted, 0)
+        return losses
 
     def _spread(self, logits: Tensor, total: Tensor) -> Tensor:
         """Return the mean over the classes of their losses, given the logsumexp of the logits."""
@@ -88,11 +90,16 @@ class ClassLoss:
             return losses.sum()
         return losses.sum() / self.weights(targets, losses).sum()
 
-    def of_examples(self, losses: Tensor, targets: Tensor) -> Tensor:
+    def of_examples(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each example, [examples], as of a batch that holds it alone.
 
         The mean over one example that is ignored is 0 / 0, here too.
         """
+        if targets.ndim == 1 and self.weight is None and self.reduction == "mean":
+            is_counted = targets != self.ignore_index
+            losses = self._each(logits, targets.where(is_counted, 0))
+            return losses.where(is_counted, math.nan)
+        losses = self.of_positions(logits, targets)
         total = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
         if self.reduction == "sum":
             return total

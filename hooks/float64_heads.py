@@ -124,7 +124,16 @@ class Float64Heads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        named = {} if kwargs is None else dict(kwargs)
+        return self.call(func, args, {} if kwargs is None else dict(kwargs))
+
+    def call(self, func: _Function, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call a function, in float64 if it is a head; for a mode that sees all functions anyway.
+
+        Args:
+            func: The function.
+            args: Its arguments by position.
+            named: Those by name; they may be changed.
+        """
         if func in _HEADS:
             return self._head(func, args, named)
         if func in _SATURATING:

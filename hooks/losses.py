@@ -133,7 +133,7 @@ def _class_losses(loss: ClassLoss, outputs: Tensor, targets: Tensor, heads: Floa
     """Return the losses of examples whose outputs are scores of classes."""
     logits = heads.again(outputs)
     logits = logits.double() if is_narrow(logits) and not is_wide(logits) else logits
-    return loss.of_examples(loss.of_positions(logits, targets), targets)
+    return loss.of_examples(logits, targets)
 
 
 @dataclass

@@ -61,6 +61,11 @@ class RecordLog:
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(news.items())[:5])
             more = f"; and {len(news) - 5} more" if len(news) > 5 else ""
             self.warn(f"{measure.name} of '{measure.source}' lacks {listed}{more}")
+        for kind, message in recording.warnings.items():
+            once = f"{measure.name} of '{measure.source}' {kind}"
+            if not self.has_warned(once):
+                self.note(kind, step, measure=measure.name, source=measure.source, reason=message)
+                self.warn(f"{measure.name} of '{measure.source}' at step {step}: {message}", once)
         if recording.arrays:
             wait_for_copies()
             self.num_records += 1
@@ -74,7 +79,7 @@ class RecordLog:
         self.writer.note(event, step, **facts)
 
     def has_warned(self, message: str) -> bool:
-        """Tell whether a message was warned of."""
+        """Tell whether a message, or what tells messages of its kind, was warned of."""
         return message in self._warned
 
     def warn(self, message: str, once: str | None = None) -> None:

@@ -98,9 +98,10 @@ def batch_gradients(
         operations.append(operation)
 
     wanted = list(wanted)
-    uses = ParameterUses(model, wanted, take, num_examples, held, choices)
+    heads = Float64Heads()
+    uses = ParameterUses(model, wanted, take, num_examples, held, choices, heads=heads)
     with torch.enable_grad():
-        with uses, Float64Heads() as heads:
+        with uses:
             outputs = call(model, inputs)
         if uses.error is not None:
             raise uses.error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sonde.hooks import own_work
 from sonde.hooks.live_examples import describe_examples, left_out, micro_batches_of, nothing_of
+from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.measures.base import Observation, Recording
 from sonde.hooks.precision import full_precision
 from sonde.hooks.sharding import has_sharded_parameters
@@ -33,9 +34,11 @@ from .factor_sums import joined, summed
 from .factors import Factor
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
+from .live_saturation import OWN, LiveSaturation, saturation_warnings
 from .operations import Operation
 from .owned_parameters import UNSUPPORTED, OwnedParameter
 from .parameter_uses import ParameterUses
+from .saturation import head_attributes
 from .sum_checks import SumChecks
 from .traced_places import Trace, TraceError, trace_of
 
@@ -108,6 +111,8 @@ class LiveGradients(Observation):
         self._error: Exception | None = None
         self._depth = 0
         self._uses: ParameterUses | None = None
+        self._micro_batch: MicroBatch | None = None
+        self._saturation = LiveSaturation(step.axes.batch_dim)
         self._untraced: str | None = None
         self._traced: Trace | None = None
         self._stack = ExitStack()
@@ -154,13 +159,18 @@ class LiveGradients(Observation):
             verdict = "exact" if reason is None else f"{UNSUPPORTED}{reason}"
             coverage.update(dict.fromkeys(parameter.names, verdict))
         examples, attributes = describe_examples(micro_batches, of_gradients=True)
+        saturated = self._saturation.of(micro_batches)
         attributes |= self._attributes()
+        attributes |= head_attributes(OWN, saturated, kept.norms()[0])
         arrays = self._to_arrays(kept)
+        if saturated is not None:
+            examples.append(to_log_array(saturated, "is_saturated", ("example",)))
         return Recording(
             [*examples, *arrays] if arrays else [],
             attributes,
             missing | left_out(self._step)[1],
             {"coverage": {"parameters": coverage}},
+            saturation_warnings(saturated),
         )
 
     def _attributes(self) -> dict[str, Any]:
@@ -204,6 +214,7 @@ class LiveGradients(Observation):
                 for tensor in self._parameters:
                     self._problems[tensor] = "the number of examples is not known"
                 return
+            self._micro_batch = one.micro_batch
             take = partial(self._take, one.micro_batch)
             self._traced = self._trace(args, kwargs, size)
             places = None if self._traced is None else self._traced.places
@@ -227,13 +238,18 @@ class LiveGradients(Observation):
             self._untraced = str(reason)
             return None
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, *called: Any) -> None:
         self._depth -= 1
         if self._depth or self._uses is None:
             return
         uses, self._uses = self._uses, None
         uses.__exit__(None, None, None)
         self._error = self._error or uses.error
+        try:
+            assert self._micro_batch is not None  # As the pass was entered.
+            self._saturation.watch(self._micro_batch, called[-1], self._guarded)
+        except Exception as error:
+            self._error = self._error or error
         for tensor, reason in uses.problems.items():
             self._problems.setdefault(tensor, reason)
         if self._traced and uses.num_reorderings != self._traced.num_reorderings:

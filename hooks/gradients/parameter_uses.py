@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from sonde.hooks import own_work
+from sonde.hooks.float64_heads import Float64Heads
 from sonde.hooks.taps import add_hook
 
 from .held_parameters import HeldParameters
@@ -67,6 +68,8 @@ class ParameterUses(TorchFunctionMode):
         needs_graph: Report only operations that gradients can come back to.
         level: How deep within work of ours the pass runs: 0 for one of the training; by default as
             deep as this is made. What runs deeper, such as hooks of ours, is not seen.
+        heads: Calls the functions, such as those that end a model, in float64; two modes within
+            each other would take twice as long.
 
     Attributes:
         ambiguous: The parameters for which sizes do not tell where the examples are.
@@ -91,8 +94,10 @@ class ParameterUses(TorchFunctionMode):
         *,
         needs_graph: bool = True,
         level: int | None = None,
+        heads: Float64Heads | None = None,
     ) -> None:
         super().__init__()
+        self._heads = heads
         self._level = own_work.depth() if level is None else level
         self._held = held
         self._model = model
@@ -147,17 +152,20 @@ class ParameterUses(TorchFunctionMode):
     ) -> Any:
         named = {} if kwargs is None else dict(kwargs)
         if self._depth or self.error is not None or own_work.depth() != self._level:
-            return func(*args, **named)
+            return self._called(func, args, named)
         if func is F.multi_head_attention_forward:
             return self._look_inside(args, named)
         given = self._given_before(func, args, named)
-        output = func(*args, **named)
+        output = self._called(func, args, named)
         if isinstance(output, (Tensor, *_NESTED)) and not isinstance(output, torch.Size):
             try:
                 self._look(func, given, named, output)
             except Exception as error:
                 self.error = error
         return output
+
+    def _called(self, func: Callable[..., Any], args: Any, named: dict[str, Any]) -> Any:
+        return func(*args, **named) if self._heads is None else self._heads.call(func, args, named)
 
     def _look_inside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run attention and see its operations, which have (time, examples, features)."""

@@ -72,27 +72,40 @@ class Logits:
             gradients: The gradients at the edges, of the examples' own losses.
         """
         total: Tensor | None = None
-        # Where no operation is known, nothing was asked for.
-        for path, gradient in zip(self._paths, gradients, strict=bool(gradients)):
+        for at, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            try:
-                axis = self._axes.of(path, gradient.shape, self._num_examples)
-            except InvalidInputError:  # It may be one of several.
+            sums = self.half_sums(at, gradient)
+            if sums is None:
                 return None
-            if axis is None:
-                return None
-            sums = half_sums(gradient, axis)
             total = sums if total is None else total + sums
-        return None if total is None else (total > 0) & (total < SATURATED)
+        return None if total is None else are_saturated(total)
+
+    def half_sums(self, at: int, gradient: Tensor) -> Tensor | None:
+        """Return half the sum of the absolute entries of each example, float32 at least.
+
+        Args:
+            at: Which of the edges it came through.
+            gradient: The gradient.
+
+        Returns:
+            [examples]; None if it is not known where they are.
+        """
+        try:
+            axis = self._axes.of(self._paths[at], gradient.shape, self._num_examples)
+        except InvalidInputError:  # It may be one of several.
+            return None
+        if axis is None:
+            return None
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        rows = gradient if axis == 0 else gradient.movedim(axis, 0)
+        rows = rows if rows.ndim == 2 else rows.reshape(self._num_examples, -1)
+        return rows.detach().abs().sum(1, dtype=dtype) / 2
 
 
-def half_sums(gradient: Tensor, axis: int = 0) -> Tensor:
-    """Return half the sum of the absolute entries of each example, float32 at least."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    rows = gradient.detach().movedim(axis, 0).flatten(1) if gradient.ndim > 1 else gradient[:, None]
-    sums: Tensor = torch.linalg.vector_norm(rows, 1, dim=1, dtype=dtype)
-    return sums / 2
+def are_saturated(half_sums: Tensor) -> Tensor:
+    """Return which examples are saturated, given half the sums of their absolute entries."""
+    return (half_sums > 0) & (half_sums < SATURATED)
 
 
 def edge_of(output: Tensor) -> GradientEdge:

@@ -40,12 +40,14 @@ class Recording:
         attributes: What else the record says of itself, as JSON values.
         missing: What could not be recorded, with the reason, by layer or parameter name.
         notes: Facts that seldom change, by event; they are logged when they differ from before.
+        warnings: What is warned of and noted, once in a training, by what it is about.
     """
 
     arrays: list[LogArray] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observation(ABC):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _Labels = npt.NDArray[Any]  # Any: class labels are integers or strings.
 _KINDS = ("sign", "cosine")
+_FLOAT64, _UNSTATED = "float64", "not stated in the log"
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,20 @@ def stiffness(
         - `sign_matrix` [step, class, other_class]: the class matrix,
 
         and `num_zero_gradients` and `num_nonfinite_gradients` [step], the examples that could not
-        count. Attribute `parameters` says which parameters are included.
+        count, and `num_saturated` [step], those of which float32 rounds the gradient at the head;
+        NaN where the record does not say. Attribute `parameters` says which parameters are
+        included, `head` in which precision the losses were computed.
 
     Raises:
         InvalidInputError: If `by` is none of these or lacks a class, or the source has no class
             labels.
+
+    Where a model is sure of an example, softmax − one-hot in float32 rounds the true class's entry
+    to 0, and the gradient keeps a third of its direction: cosine and sign fall towards 0 although
+    the gradients agree. On probes the losses are computed in float64. The training's own passes,
+    and records of versions before, are not, and a warning gives the share of saturated examples
+    where that is known. The study very probably computed in float32, so that the fall of stiffness
+    late in its trainings has this rounding in it.
 
     Of the training itself each step has other examples, and classes without one are NaN.
 
@@ -180,10 +190,13 @@ def stiffness(
     labels = {} if by is None else {step: _labels(log, by, step) for step in selected}
     classes = np.unique(np.concatenate(list(labels.values()))) if labels else None
     num_examples, num_zero, num_nonfinite = 0, [], []
+    num_compared: list[int] = []
+    num_saturated = [_num_saturated(log, step) for step in selected]
     summaries: dict[str, list[Summary]] = {kind: [] for kind in _KINDS}
     for step in selected:
         gram = log.gram(step, layer)
         num_examples = len(gram)
+        num_compared.append(num_examples)
         squares = np.diagonal(gram)
         num_zero.append(int(np.count_nonzero(squares <= 0)))
         num_nonfinite.append(int(np.count_nonzero(~np.isfinite(squares))))
@@ -198,9 +211,12 @@ def stiffness(
             RuntimeWarning,
             stacklevel=2,
         )
+    heads = [log.attributes(step).get("head", _UNSTATED) for step in selected]
+    _warn_of_saturation(run, selected, heads, num_saturated, num_compared)
     result = _dataset(selected, summaries, grouped=by is not None)
     result["num_zero_gradients"] = ("step", num_zero)
     result["num_nonfinite_gradients"] = ("step", num_nonfinite)
+    result["num_saturated"] = ("step", num_saturated)
     result.attrs = {
         "run": run.name,
         "source": log.source,
@@ -208,8 +224,40 @@ def stiffness(
         **_coverage(run, log, layer),
         "layers": ", ".join(_layers(log)) if layer is None else layer,
         "num_examples": num_examples,
+        "head": ", ".join(dict.fromkeys(heads)),
     }
     return result
+
+
+def _num_saturated(log: MeasureLog, step: int) -> float:
+    """Count the examples of which float32 rounds the gradient; NaN if the record does not say."""
+    if step not in log.steps_of("is_saturated"):
+        return float("nan")
+    return float(np.count_nonzero(log.array("is_saturated", step)))
+
+
+def _warn_of_saturation(
+    run: Run,
+    steps: Sequence[int],
+    heads: Sequence[str],
+    num_saturated: Sequence[float],
+    num_examples: Sequence[int],
+) -> None:
+    """Warn of the largest share of saturated examples that were not computed in float64."""
+    shares = {
+        step: number / total
+        for step, head, number, total in zip(steps, heads, num_saturated, num_examples, strict=True)
+        if head != _FLOAT64 and number > 0
+    }
+    if shares:
+        worst = max(shares, key=lambda step: shares[step])
+        warnings.warn(
+            f"run '{run.name}' has saturated examples, up to {shares[worst]:.0%} at step {worst}: "
+            "their gradients were rounded in float32, so that their cosines and signs are too "
+            "small; record ExampleGradients of a Probe, whose losses are computed in float64",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _coverage(run: Run, log: MeasureLog, layer: str | None) -> dict[str, str | int]:

@@ -163,7 +163,7 @@ def test_result_holds_both_kinds_and_counts(run: Run) -> None:
     assert set(stiffness(run).data_vars) == {
         *("sign", "sign_within", "sign_between", "sign_matrix"),
         *("cosine", "cosine_within", "cosine_between", "cosine_matrix"),
-        *("num_zero_gradients", "num_nonfinite_gradients"),
+        *("num_zero_gradients", "num_nonfinite_gradients", "num_saturated"),
     }
 
 
@@ -206,7 +206,7 @@ def test_classes_can_be_grouped(run: Run) -> None:
 def test_without_classes_only_the_overall_mean_is_left(gradients_run: WriteRun) -> None:
     result = stiffness(gradients_run({0: {"fc": _gram(0)}}, None), by=None)
     assert set(result.data_vars) == {
-        *("sign", "cosine", "num_zero_gradients", "num_nonfinite_gradients")
+        *("sign", "cosine", "num_zero_gradients", "num_nonfinite_gradients", "num_saturated")
     }
 
 
@@ -278,3 +278,37 @@ def test_each_step_of_a_training_has_examples_and_classes_of_its_own(tmp_path: P
             matrix.sel({"class": classes, "other_class": classes}), expected, atol=1e-12
         )
         assert np.isnan(matrix).sum() == 5
+
+
+def _run_with_head(path: Path, head: str | None, saturated: dict[int, list[int]]) -> Run:
+    write_run_file(path, {"measures": []})
+    writer = LogWriter(path, seal=False)
+    writer.add_table("probe", [LogArray("target", LABELS, ("example",))])
+    for step, rows in saturated.items():
+        mask = np.isin(np.arange(8), rows)
+        arrays = [LogArray("gram_total", _gram(step), ("example", "other_example"))]
+        if head is not None:
+            arrays.append(LogArray("is_saturated", mask, ("example",)))
+        attributes = {} if head is None else {"head": head}
+        writer.append("example_gradients", "probe", step, arrays, attributes)
+    writer.close()
+    return open_run(path)
+
+
+def test_saturated_examples_of_a_float64_head_are_counted(tmp_path: Path) -> None:
+    result = stiffness(_run_with_head(tmp_path, "float64", {0: [], 10: [1, 4, 5]}))
+    assert result["num_saturated"].values.tolist() == [0, 3]
+    assert result.attrs["head"] == "float64"
+
+
+def test_saturated_examples_of_another_head_are_warned_of(tmp_path: Path) -> None:
+    run = _run_with_head(tmp_path, "the training's own", {0: [], 10: [1, 4], 20: [1]})
+    with pytest.warns(RuntimeWarning, match=r"saturated examples, up to 25% at step 10: their"):
+        result = stiffness(run)
+    assert result["num_saturated"].values.tolist() == [0, 2, 1]
+
+
+def test_a_log_that_does_not_say_is_read_and_says_so(tmp_path: Path) -> None:
+    result = stiffness(_run_with_head(tmp_path, None, {0: []}))
+    assert np.isnan(result["num_saturated"].values).all()
+    assert result.attrs["head"] == "not stated in the log"

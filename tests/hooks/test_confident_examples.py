@@ -6,7 +6,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,3 +327,64 @@ def test_tokens_are_saturated_if_their_mean_is() -> None:
 
     assert result.saturated is not None
     assert result.saturated.tolist() == [True, False]
+
+
+def identity() -> nn.Linear:
+    model = nn.Linear(NUM_CLASSES, NUM_CLASSES, bias=False)
+    nn.init.eye_(model.weight)
+    return model
+
+
+def test_a_record_says_which_examples_are_saturated(tmp_path: Path) -> None:
+    x, y = rows_of_margin()
+    measure = sonde.ExampleGradients(sonde.Probe(x, y), F.cross_entropy)
+
+    recorder = sonde.Recorder(tmp_path, identity(), [measure])
+    recorder.measure()
+    recorder.close()
+
+    log = sonde.open_run(tmp_path).example_gradients
+    assert log.array("is_saturated").tolist() == [False] * 4 + [True] * 3 + [False]
+    about = {"head": "float64", "num_saturated": 3, "num_zero_gradients": 1}
+    assert log.attributes().items() >= about.items()
+
+
+def train_once(folder: Path, model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> sonde.Run:
+    """Record a step of a training in band, whose loss is a mean."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    recorder = sonde.Recorder(folder, model, [sonde.ExampleGradients(sonde.TRAINING)])
+    recorder.attach(optimizer)
+    value = loss(model(x), y)
+    recorder.batch(targets=y, loss=value)
+    value.backward()
+    optimizer.step()
+    recorder.close()
+    return sonde.open_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "loss"),
+    [(lambda z: z, F.cross_entropy), (lambda z: z.log_softmax(1), F.nll_loss)],
+)
+def test_saturated_examples_of_a_training_are_counted_and_warned_of(
+    end: Callable[[Tensor], Tensor], loss: Loss, tmp_path: Path
+) -> None:
+    x, y = rows_of_margin()
+    model = nn.Sequential(identity(), End(end))
+
+    with pytest.warns(sonde.SondeWarning, match="at step 0: 3 of 8 examples are saturated: their"):
+        run = train_once(tmp_path, model, loss, x, y)
+
+    log = run.example_gradients
+    assert log.array("is_saturated", 0).tolist() == [False] * 4 + [True] * 3 + [False]
+    attributes = log.attributes(0)
+    assert (attributes["head"], attributes["num_saturated"]) == ("the training's own", 3)
+    assert [note["event"] for note in run.notes].count("saturated") == 1
+
+
+def test_a_training_that_is_not_sure_says_nothing(tmp_path: Path) -> None:
+    x, y = rows_of_margin()
+
+    run = train_once(tmp_path, identity(), F.cross_entropy, x / 40, y)
+
+    assert not np.any(run.example_gradients.array("is_saturated", 0))
