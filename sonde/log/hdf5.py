@@ -8,6 +8,7 @@ rewrites the list of references at every call, which takes seconds for a thousan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any
 
 import h5py
@@ -44,6 +45,7 @@ class NamedGroup:
         self._coordinates = coordinates or {}
         self._reserved = reserved
         self._scales: dict[tuple[str, int], h5py.Dataset] = {}
+        self._references: dict[tuple[str, int], npt.NDArray[Any]] = {}
         self._attached: dict[tuple[str, int], list[tuple[h5py.Reference, int]]] = {}
 
     def free_name(self, label: str) -> str:
@@ -109,12 +111,14 @@ class NamedGroup:
         for axis, key in enumerate(zip(dims, shape, strict=True)):
             if key not in self._scales:
                 self._scales[key] = self._new_scale(*key)
-            scales[axis] = np.array([self._scales[key].ref], h5py.ref_dtype)
-            self._attached.setdefault(key, []).append((reference, axis))
-        space = h5py.h5s.create_simple((len(dims),))
-        kind = h5py.h5t.vlen_create(h5py.h5t.STD_REF_OBJ)
-        attribute = h5py.h5a.create(dataset, b"DIMENSION_LIST", kind, space)
-        attribute.write(scales, mtype=h5py.h5t.py_create(scales.dtype))
+            if key not in self._references:
+                self._references[key] = np.array([self._scales[key].ref], h5py.ref_dtype)
+                self._attached[key] = []
+            scales[axis] = self._references[key]
+            self._attached[key].append((reference, axis))
+        kind, memory_kind = _reference_lists()
+        attribute = h5py.h5a.create(dataset, b"DIMENSION_LIST", kind, _space(len(dims)))
+        attribute.write(scales, mtype=memory_kind)
 
     def _new_scale(self, dim: str, size: int) -> h5py.Dataset:
         name = self._scale_name(dim, size)
@@ -166,11 +170,30 @@ def chunked(chunk: tuple[int, ...], dtype: str) -> h5py.h5p.PropDCID:
 def set_text(dataset: h5py.h5d.DatasetID, name: str, text: str) -> None:
     """Write an attribute of text, in UTF-8; what that cannot encode is written as its escape."""
     encoded = text.encode(errors="backslashreplace") or b"\0"
-    kind = h5py.h5t.C_S1.copy()
-    kind.set_size(len(encoded))
-    kind.set_cset(h5py.h5t.CSET_UTF8)
-    attribute = h5py.h5a.create(dataset, name.encode(), kind, h5py.h5s.create(h5py.h5s.SCALAR))
+    kind = _text_kind(len(encoded))
+    attribute = h5py.h5a.create(dataset, name.encode(), kind, _space(None))
     attribute.write(np.array(encoded, f"S{len(encoded)}"), mtype=kind)
+
+
+# Made once: a segment of a thousand streams has thousands of attributes.
+@lru_cache(maxsize=256)
+def _text_kind(num_bytes: int) -> h5py.h5t.TypeID:
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(num_bytes)
+    kind.set_cset(h5py.h5t.CSET_UTF8)
+    return kind
+
+
+@lru_cache(maxsize=64)
+def _space(size: int | None) -> h5py.h5s.SpaceID:
+    """Return the space of an attribute: of one value, or of a list."""
+    return h5py.h5s.create(h5py.h5s.SCALAR) if size is None else h5py.h5s.create_simple((size,))
+
+
+@lru_cache(maxsize=1)
+def _reference_lists() -> tuple[h5py.h5t.TypeID, h5py.h5t.TypeID]:
+    """Return the type of lists of references, in the file and in memory."""
+    return h5py.h5t.vlen_create(h5py.h5t.STD_REF_OBJ), h5py.h5t.py_create(_REFERENCES)
 
 
 def offset_of(dataset: h5py.h5d.DatasetID) -> int:

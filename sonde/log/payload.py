@@ -115,7 +115,9 @@ def from_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 def slot_checksum(raw: bytes | memoryview) -> int:
     """Return the checksum of an array: of its bytes and of zeros up to a multiple of 8."""
-    return crc32(b"\0" * (-len(raw) % 8), crc32(raw))
+    checksum: int = crc32(raw)
+    missing = -len(raw) % 8
+    return crc32(b"\0" * missing, checksum) if missing else checksum
 
 
 def padded(num_bytes: int) -> int:

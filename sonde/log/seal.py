@@ -1,8 +1,9 @@
 """Sealing: turning closed journals into segments, in a process of its own.
 
 `python -m sonde.log.seal RUN` seals every journal of a run that nobody writes any more. A segment
-is written under a temporary name, forced to the disk and renamed; only then is its journal deleted.
-If anything fails on the way, the journal stays and reads the same.
+is written under a temporary name, forced to the disk, read back, compared with its journal, and
+renamed; only then is the journal deleted. If anything fails on the way, the journal stays and reads
+the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +32,7 @@ from .layout import (
     unlock,
     writer_folders,
 )
+from .read_back import differing_frame
 from .scan import scan_journal
 from .sealing import END
 from .segment import Segment, identify
@@ -115,7 +118,7 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     for left in journal.parent.glob(f"{first:012d}-*.tmp"):
         left.unlink(missing_ok=True)  # Of a sealer that was killed, perhaps of the same number.
     end = frames[-1].sequence + 1 if frames else first
-    sealed = _sealed_before(journal.parent, first, end)
+    sealed = _sealed_before(journal.parent, first, end, frames)
     if sealed is not None or not frames:
         return sealed
     damage = [vars(item) for item in scanned if isinstance(item, Damage)]
@@ -126,6 +129,10 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(segment))
     try:
         write_segment(temporary, file, frames, first, damage)
+        difference = differing_frame(temporary, frames)
+        if difference is not None:
+            reason = f"the segment was not written as it should be: {difference}"
+            raise OSError(errno.EIO, reason, str(journal))
         temporary.replace(segment)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -133,7 +140,7 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     return segment
 
 
-def _sealed_before(folder: Path, first: int, end: int) -> Path | None:
+def _sealed_before(folder: Path, first: int, end: int, frames: Sequence[Frame]) -> Path | None:
     """Return the whole segment of a journal whose sealer did not come to delete it, if any.
 
     After a power loss it may hold more than the journal, which nobody had to force to the disk.
@@ -141,10 +148,11 @@ def _sealed_before(folder: Path, first: int, end: int) -> Path | None:
     for start, stop, path in segments(folder):
         if start == first and stop >= end:
             try:
-                if next(Segment(identify(path)).verify(), None) is None:
-                    return path
+                is_intact = next(Segment(identify(path)).verify(), None) is None
             except DamageError:
                 continue
+            if is_intact and differing_frame(path, frames) is None:
+                return path
     return None
 
 

@@ -292,6 +292,16 @@ class SegmentRecords:
             arrays.append(from_storage(values, stream.dtype))
         return arrays
 
+    def checksums(self, stream: Stream, data: memoryview) -> list[int]:
+        """Return the checksum of a stream in each record, of the bytes as they stand.
+
+        Args:
+            stream: The stream.
+            data: The whole file.
+        """
+        starts = (self._starts(stream) + int(self._offsets[stream.column])).tolist()
+        return [slot_checksum(data[start:end]) for start, end in pairwise(starts)]
+
     def verify(self) -> Iterator[str]:
         """Check every record; yield those that are damaged.
 

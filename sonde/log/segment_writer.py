@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ from sonde.exceptions import FormatError
 from .frames import FORMAT_VERSION, Frame
 from .hdf5 import RESERVED_NAMES, NamedGroup, contiguous, offset_of, set_text
 from .names import link_name, stream_name
+from .output import Output
 from .payload import ArrayEntry, Layout, slot_checksum, storage_dtype
 from .positioned import read_at, reserve, write_at
 from .segment import Stream, checksum_between, encode_streams, encode_trailer
@@ -63,38 +65,40 @@ def write_segment(
     for frame in frames:
         if frame.kind == "record":
             grouped.setdefault((frame.body["measure"], frame.body["source"]), []).append(frame)
-    with h5py.File(path, "x", libver=("v108", "v108")) as file:
-        file.attrs["sonde_format"] = FORMAT_VERSION
-        written_tables = [_write_table(file, journal, frame) for frame in tables.values()]
-        groups = [
-            _Group(file, journal, key, records, tables.get(key[1]))
-            for key, records in grouped.items()
-        ]
-        metadata = {
-            "format": FORMAT_VERSION,
-            "first_sequence": first,
-            "end_sequence": frames[-1].sequence + 1,
-            "frames": [_without_arrays(f) for f in frames if f.kind not in ("record", "table")],
-            "tables": written_tables,
-            "groups": [group.describe() for group in groups],
-            "damage": list(damage),
-        }
-        encoded = json.dumps(metadata, separators=(",", ":")).encode()
-        root = NamedGroup(file)
-        metadata_offset = offset_of(
-            root.write("metadata", np.frombuffer(encoded, np.uint8), ["metadata_byte"])
-        )
-        root.finish()
-    with path.open("r+b") as out:
-        num_bytes = out.seek(0, os.SEEK_END)
-        reserve(out.fileno(), num_bytes, 0)
+    # libhdf5 may take a failed write for one that succeeded, or end the process: it sees none.
+    with closing(Output(path)) as output:
+        with h5py.File(output, "w", libver=("v108", "v108")) as file:
+            file.attrs["sonde_format"] = FORMAT_VERSION
+            written_tables = [_write_table(file, journal, frame) for frame in tables.values()]
+            groups = [
+                _Group(file, journal, key, records, tables.get(key[1]))
+                for key, records in grouped.items()
+            ]
+            metadata = {
+                "format": FORMAT_VERSION,
+                "first_sequence": first,
+                "end_sequence": frames[-1].sequence + 1,
+                "frames": [_without_arrays(f) for f in frames if f.kind not in ("record", "table")],
+                "tables": written_tables,
+                "groups": [group.describe() for group in groups],
+                "damage": list(damage),
+            }
+            encoded = json.dumps(metadata, separators=(",", ":")).encode()
+            root = NamedGroup(file)
+            metadata_offset = offset_of(
+                root.write("metadata", np.frombuffer(encoded, np.uint8), ["metadata_byte"])
+            )
+            root.finish()
+        output.check()
+        num_bytes = output.seek(0, os.SEEK_END)
+        reserve(output.fd, num_bytes, 0)
         for group in groups:
-            group.copy_arrays(out.fileno())
+            group.copy_arrays(output.fd)
         stretches = [stretch for group in groups for stretch in group.stretches()]
-        checksum = checksum_between(out.fileno(), num_bytes, stretches)
-        out.write(encode_trailer(metadata_offset, encoded, num_bytes, checksum))
-        out.flush()
-        os.fsync(out.fileno())
+        checksum = checksum_between(output.fd, num_bytes, stretches)
+        trailer = encode_trailer(metadata_offset, encoded, num_bytes, checksum)
+        write_at(output.fd, [memoryview(trailer)], num_bytes)
+        os.fsync(output.fd)
 
 
 def _without_arrays(frame: Frame) -> dict[str, Any]:

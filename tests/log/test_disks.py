@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import resource
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,9 +21,10 @@ from sonde.log import LogWriter, open_run
 from sonde.log.layout import is_being_written
 from sonde.log.seal import seal_run
 from sonde.log.sealing import Sealing
+from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 
-from .conftest import assert_intact, new_run
+from .conftest import assert_intact, new_run, write_records
 from .doomed import record_of
 from .files import journals_of, segments_of
 from .launched import Ended, Launch, Training, launching
@@ -320,3 +323,61 @@ def test_sealing_that_failed_meanwhile_is_repeated_at_the_end(
     assert writer.problem is None
     assert journals_of(run_path) == []
     assert_intact(run_path, [0])
+
+
+class Neighbour(threading.Thread):
+    """Fills a disk and frees it again, over and over, as another program beside the sealer."""
+
+    def __init__(self, disk: Path) -> None:
+        super().__init__(daemon=True)
+        self._file = disk / "neighbour"
+        self._random = random.Random(0)
+        self.is_over = threading.Event()
+        self.num_outages = 0
+
+    def run(self) -> None:
+        while not self.is_over.is_set():
+            with suppress(OSError), self._file.open("wb", buffering=0) as file:
+                while not self.is_over.is_set():
+                    if file.write(bytes(self._random.choice([512, 4096, 65536]))) == 0:
+                        break
+            self.num_outages += 1
+            self._file.unlink(missing_ok=True)
+            self.is_over.wait(self._random.random() / 500)
+
+
+def test_a_disk_that_is_full_now_and_then_costs_no_record_while_sealing(
+    tmp_path: Path, is_full: bool, counts: Counter[str]
+) -> None:
+    whole = new_run(tmp_path / "whole")
+    write_records(whole, range(6), segment_bytes=1300)
+    with small_disk(tmp_path / "disk") as disk:
+        neighbour = Neighbour(disk)
+        neighbour.start()
+        num_refused = 0
+        num_sealings = 2000 if is_full else 200
+        for _ in range(num_sealings):
+            run_path = disk / "run"
+            copy_patiently(whole, run_path)
+            try:
+                seal_run(run_path)
+            except (OSError, RuntimeError):
+                num_refused += 1
+            assert_intact(run_path, range(6))
+            assert verify_run(run_path) == []
+            shutil.rmtree(run_path)
+        neighbour.is_over.set()
+        neighbour.join()
+    assert neighbour.num_outages
+    counts["sealings beside a neighbour who fills the disk"] += num_sealings
+    counts["of these, refused for want of room"] += num_refused
+
+
+def copy_patiently(source: Path, target: Path) -> None:
+    """Copy a folder to a disk that is full now and then."""
+    while True:
+        try:
+            shutil.copytree(source, target)
+            return
+        except (OSError, shutil.Error):
+            shutil.rmtree(target, ignore_errors=True)

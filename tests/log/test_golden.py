@@ -1,7 +1,9 @@
 """The format as files: a small run of version 1 that every later sonde has to read and write alike.
 
-Run `python -m pytest tests/log/test_golden.py --write-golden` after a new version of the format, to
-add a folder for it; the folders of earlier versions stay as they are.
+Where datasets lie in a segment is up to libhdf5 and to how it is given the file, so that one version
+of the format has several folders. After such a change, or after a new version of the format, add a
+name to `LAYOUTS` and run `python -m pytest tests/log/test_golden.py --write-golden`; the earlier
+folders stay as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from .conftest import assert_holds, read_records
 from .files import journals_of
 
 GOLDEN = Path(__file__).parent / "golden"
+# The last one is what is written today: libhdf5 writes by a file object since 1b.
+LAYOUTS = ("version1", "version1b")
 HDF5_VERSION = "2.0.0"  # Which wrote the segment; another one may lay it out in another way.
 
 
@@ -88,7 +92,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_the_same_run_is_written_as_the_same_bytes(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    golden = GOLDEN / f"version{FORMAT_VERSION}"
+    golden = GOLDEN / LAYOUTS[-1]
     if request.config.getoption("--write-golden"):
         golden.parent.mkdir(exist_ok=True)
         write_run(golden)
@@ -100,9 +104,13 @@ def test_the_same_run_is_written_as_the_same_bytes(
             assert written[name] == expected[name], name
 
 
-@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
-def test_runs_of_every_version_are_read(version: int) -> None:
-    path = GOLDEN / f"version{version}"
+def test_the_last_layout_is_of_the_present_version() -> None:
+    assert LAYOUTS[-1].startswith(f"version{FORMAT_VERSION}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_of_every_layout_are_read(layout: str) -> None:
+    path = GOLDEN / layout
     assert verify_run(path) == []
     run = open_run(path)
     assert (run.state, run.steps()) == ("finished", [0, 1, 2])

@@ -6,7 +6,9 @@ times or for ever. `faults` has the disk that fails.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import random
 import shutil
 from collections import Counter
@@ -26,6 +28,7 @@ from sonde.log import LogArray, LogWriter, Run, open_run
 from sonde.log.appender import Sync
 from sonde.log.layout import writer_folder
 from sonde.log.seal import seal_run
+from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records
@@ -308,3 +311,51 @@ def test_errors_while_sealing_cost_nothing(
     for fault in drawn(each_fault(made.total(), times), 20, is_full=is_full):
         assert sealed_at(memory_path, whole, fault).failed, fault
         counts["errors: while sealing"] += 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_one_error_at_any_call_of_the_sealer_costs_nothing(
+    memory_path: Path, error: int, counts: Counter[str]
+) -> None:
+    whole = new_run(memory_path / "whole")
+    write_records(whole, range(4), segment_bytes=1300)
+    num_calls = sealed_at(memory_path, whole, None).made.total()
+    for number in range(0, num_calls, 1 + num_calls // 150):
+        assert sealed_at(memory_path, whole, Fault(number, 1, error)).failed
+        counts["errors: one call of the sealer"] += 1
+
+
+def test_a_write_that_is_lost_without_an_error_costs_no_record(
+    memory_path: Path, is_full: bool, counts: Counter[str]
+) -> None:
+    whole = new_run(memory_path / "whole")
+    write_records(whole, range(4), segment_bytes=1300)
+    num_writes = sealed_at(memory_path, whole, None).made["pwritev"]
+    num_found = 0
+    for number in range(0, num_writes, 1 if is_full else 3):
+        run_path = memory_path / f"lost{number}"
+        shutil.copytree(whole, run_path)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            lose_write(monkeypatch, number)
+            with suppress(OSError, RuntimeError):
+                seal_run(run_path)
+        num_found += bool(journals_of(run_path))
+        assert_intact(run_path, range(4))
+        assert verify_run(run_path) == []
+        counts["writes of the sealer that were lost"] += 1
+    assert num_found  # Those that held records, or what is said of them.
+
+
+def lose_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let one write report success and do nothing but set the file's size."""
+    numbers = itertools.count()
+    write = os.pwritev
+
+    def lossy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if next(numbers) != number:
+            return write(fd, buffers, offset)
+        num_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        os.truncate(fd, max(os.fstat(fd).st_size, offset + num_bytes))
+        return num_bytes
+
+    monkeypatch.setattr(os, "pwritev", lossy)

@@ -24,7 +24,7 @@ from sonde.log.segment import checksum_between
 from .compression import Compression, choose_compression
 from .file import EXPORT_VERSION, MARK, encode_trailer
 from .origin import Origin, Writer
-from .output import Output
+from sonde.log.output import Output
 from .plan import Places, Plan, plan_export
 from .writer import ExportWriter, Facts
 

@@ -28,7 +28,7 @@ from sonde.log.positioned import read_at
 from .compression import Compression, add_filter
 from .groups import Column, Group
 from .origin import Origin, TableContent, Writer
-from .output import Output
+from sonde.log.output import Output
 
 CHUNK_BYTES = 1 << 20
 # A stream as small as this is smaller without chunks, whose index alone takes 3 KiB.
