@@ -1,7 +1,7 @@
 """The format as files: a small run of version 1 that every later sonde has to read and write alike.
 
-Where datasets lie in a segment is up to libhdf5 and to how it is given the file, so that one version
-of the format has several folders. After such a change, or after a new version of the format, add a
+Where datasets lie in a segment is up to libhdf5 and to how it is given the file, so one version of
+the format has several folders. After such a change, or after a new version of the format, add a
 name to `LAYOUTS` and run `python -m pytest tests/log/test_golden.py --write-golden`; the earlier
 folders stay as they are.
 """

@@ -19,12 +19,12 @@ import h5py
 from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
 from sonde.log.damage import Damage
 from sonde.log.layout import sync_folder
+from sonde.log.output import Output
 from sonde.log.segment import checksum_between
 
 from .compression import Compression, choose_compression
 from .file import EXPORT_VERSION, MARK, encode_trailer
 from .origin import Origin, Writer
-from sonde.log.output import Output
 from .plan import Places, Plan, plan_export
 from .writer import ExportWriter, Facts
 

@@ -22,13 +22,13 @@ from zlib_ng.zlib_ng import crc32
 from sonde.exceptions import DamageError
 from sonde.log.hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
 from sonde.log.names import link_name, stream_name
+from sonde.log.output import Output
 from sonde.log.payload import slot_checksum, storage_dtype
 from sonde.log.positioned import read_at
 
 from .compression import Compression, add_filter
 from .groups import Column, Group
 from .origin import Origin, TableContent, Writer
-from sonde.log.output import Output
 
 CHUNK_BYTES = 1 << 20
 # A stream as small as this is smaller without chunks, whose index alone takes 3 KiB.
