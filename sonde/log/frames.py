@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,9 +143,17 @@ def read_file_header(fd: int, name: str, size: int) -> tuple[int | None, int | N
     return None, None, Damage(name, 0, min(size, _FILE.size), reason, is_tail)
 
 
-def read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int] | str:
-    """Read the frame at `offset` but not its payload: (frame, token, end), or what is wrong."""
-    fixed = read_at(fd, _FIXED.size, offset)
+def read_frame(
+    read: Callable[[int, int], bytes | memoryview], offset: int, size: int
+) -> tuple[Frame, int, int] | str:
+    """Read the frame at `offset` but not its payload: (frame, token, end), or what is wrong.
+
+    Args:
+        read: Returns so many bytes at an offset; fewer at the end of the file.
+        offset: Where the frame begins.
+        size: The size of the file.
+    """
+    fixed = read(_FIXED.size, offset)
     if len(fixed) < _FIXED.size:
         return "a record ends inside its header"
     magic, index_bytes, num_arrays, token, payload_bytes, sequence, step, _, header_crc = (
@@ -155,7 +163,7 @@ def read_frame(fd: int, offset: int, size: int) -> tuple[Frame, int, int] | str:
     payload_offset = offset + _FIXED.size + rest_bytes
     if magic != FRAME_MAGIC or payload_offset > size:
         return "no valid record header"
-    rest = read_at(fd, rest_bytes, offset + _FIXED.size)
+    rest = bytes(read(rest_bytes, offset + _FIXED.size))
     if crc32(rest, crc32(fixed[:-4])) != header_crc:
         return "a record header does not match its checksum"
     if payload_offset + payload_bytes > size:

@@ -79,7 +79,7 @@ class MeasureLog:
 
         None if the source names none, or others at each step; see `ids_at`.
         """
-        return self.run._retry(lambda: self._examples.ids)
+        return self.run.retry(lambda: self._examples.ids)
 
     def ids_at(self, step: int = -1) -> npt.NDArray[np.int64] | None:
         """Return the ids of the examples of one record, in the order of its arrays.
@@ -88,7 +88,7 @@ class MeasureLog:
             StepNotFoundError: If the step was not recorded.
         """
         wanted = self.resolve_step(step)
-        return self.run._retry(lambda: self._examples.ids_at(wanted))
+        return self.run.retry(lambda: self._examples.ids_at(wanted))
 
     @property
     def targets(self) -> npt.NDArray[Any] | None:
@@ -110,12 +110,11 @@ class MeasureLog:
     @property
     def num_bytes(self) -> int:
         """The bytes of all arrays of all records."""
-        return sum(
-            stream.num_bytes
-            for shares in self._records.values()
-            for share in shares
-            for stream in share.record.part.streams(share.record.row).values()
-        )
+        rows: dict[Part, list[int]] = {}
+        for shares in self._records.values():
+            for share in shares:
+                rows.setdefault(share.record.part, []).append(share.record.row)
+        return sum(part.num_bytes(of_part) for part, of_part in rows.items())
 
     def fields(self, layer: str | None = None) -> list[str]:
         """Return the fields a layer has, or those that belong to no layer."""
@@ -172,7 +171,7 @@ class MeasureLog:
             MismatchError: If the ranks' parts cannot be put together.
         """
         wanted = self.resolve_step(step)
-        values = self.run._retry(lambda: self._read(wanted, (layer, field), as_stored))
+        values = self.run.retry(lambda: self._read(wanted, (layer, field), as_stored))
         return values if as_stored else widened(values)
 
     def stack(
@@ -201,7 +200,7 @@ class MeasureLog:
                 self._require(next(iter(self._records)), (layer, field))
         else:
             wanted = [self.resolve_step(step) for step in steps]
-        arrays = self.run._retry(lambda: self._read_many(wanted, (layer, field), as_stored))
+        arrays = self.run.retry(lambda: self._read_many(wanted, (layer, field), as_stored))
         # Widened while it is stacked, so that no array is there twice in its wider form.
         dtype = np.result_type(*{values.dtype for values in arrays})
         return np.stack(arrays, dtype=dtype if as_stored else wider(dtype))
@@ -353,7 +352,7 @@ class MeasureLog:
             raise InvalidInputError(
                 f"source '{self.source}' has no table '{field}'; it has: {listing(fields)}"
             )
-        values = self.run._retry(lambda: self._read_table(field))
+        values = self.run.retry(lambda: self._read_table(field))
         return values if as_stored else widened(values)
 
     def __getitem__(self, layer: str) -> LayerLog:

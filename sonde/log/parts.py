@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class Part(ABC):
         """Return every stream that any record of this part has."""
 
     @abstractmethod
-    def num_bytes(self) -> int:
-        """Return the size of all arrays of all its records in bytes."""
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of all arrays of some records in bytes."""
 
     def read_many(self, rows: list[int], key: StreamKey) -> Iterator[npt.NDArray[Any]]:
         """Yield one stream of several records, in order."""
@@ -149,9 +149,9 @@ class JournalPart(Part):
         layouts = {id(frame.layout): frame.layout for frame in self._frames}
         return list({key: None for layout in layouts.values() for key in layout.columns})
 
-    def num_bytes(self) -> int:
-        """Return the size of all arrays of all its records in bytes."""
-        return sum(frame.layout.array_bytes for frame in self._frames)
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of all arrays of some records in bytes."""
+        return sum(self._frames[row].layout.array_bytes for row in rows)
 
 
 class SegmentPart(Part):
@@ -204,9 +204,9 @@ class SegmentPart(Part):
         """Yield one stream of several records, in order; neighbouring ones in one read."""
         yield from self._records.read(self._records.streams[key], rows)
 
-    def num_bytes(self) -> int:
-        """Return the size of all arrays of all its records in bytes."""
-        return self._records.num_bytes()
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of all arrays of some records in bytes."""
+        return self._records.num_bytes(rows)
 
 
 def read_array(file: JournalFile, frame: Frame, column: int) -> npt.NDArray[Any]:

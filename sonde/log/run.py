@@ -71,10 +71,12 @@ class Run:
             self.info = read_run_file(self.path)
             self._index = Index(self.path)
         self._only_rank: int | None = None
+        self.num_refreshed = 0
         self.refresh()
 
     def refresh(self) -> None:
         """Take in what was recorded, sealed or damaged since the run was opened."""
+        self.num_refreshed += 1
         writers, rank = self._index.read(), self._only_rank
         joined = join(writers, rank)
         self._writers = [w for w in writers if rank is None or w.rank == rank]
@@ -313,7 +315,15 @@ class Run:
         latest_first = sorted(self._writers, key=lambda w: (-w.attempt, w.rank))
         return [writer.tables[source] for writer in latest_first if source in writer.tables]
 
-    def _retry(self, read: Callable[[], _Result]) -> _Result:
+    def retry(self, read: Callable[[], _Result]) -> _Result:
+        """Read, again where files were sealed since they were listed.
+
+        Args:
+            read: Reads from what is listed now.
+
+        Raises:
+            FileNotFoundError: If a file is gone for good.
+        """
         gone: set[str] = set()
         while True:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from zlib_ng.zlib_ng import crc32
 
@@ -13,6 +14,29 @@ from .payload import Layout
 from .positioned import read_at
 
 _CHUNK_BYTES = 4 << 20
+# Of small records many are read at once; of large ones nothing is read twice.
+_WINDOW_BYTES = 64 << 10
+
+
+class _Window:
+    """Reads a journal from front to back, a stretch at a time.
+
+    Args:
+        fd: The open journal.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._start = 0
+        self._bytes = memoryview(b"")
+
+    def read(self, num_bytes: int, offset: int) -> memoryview:
+        """Return the bytes at an offset; fewer at the end of the file."""
+        begin = offset - self._start
+        if not 0 <= begin <= len(self._bytes) - num_bytes:
+            self._bytes = memoryview(read_at(self.fd, max(num_bytes, _WINDOW_BYTES), offset))
+            self._start, begin = offset, 0
+        return self._bytes[begin : begin + num_bytes]
 
 
 def scan_journal(fd: int, name: str, *, verify: bool = True) -> Iterator[Frame | Damage]:
@@ -79,8 +103,9 @@ class Scan:
                 if damage.is_tail:
                     return
             self._offset = FILE_HEADER_BYTES
+        window = _Window(fd)
         while self._offset < size:
-            item = self._next(fd, size)
+            item = self._next(window, size)
             if isinstance(item, Frame):
                 if self._expected is not None and item.sequence > self._expected:
                     missing = f"frames {self._expected} to {item.sequence - 1} are missing"
@@ -93,12 +118,12 @@ class Scan:
                     return
                 self._expected = None
 
-    def _next(self, fd: int, size: int) -> Frame | Damage:
+    def _next(self, window: _Window, size: int) -> Frame | Damage:
         """Read the frame or damage at the offset, and go on behind it unless it is the tail."""
         self._start = self._offset
-        parsed = read_frame(fd, self._start, size)
+        parsed = read_frame(window.read, self._start, size)
         if isinstance(parsed, str):
-            following = _find_frame(fd, self._start + 1, size)
+            following = _find_frame(window.fd, self._start + 1, size)
             if following is None:
                 after = f", after {describe(self._last)}" if self._last is not None else ""
                 return self._damage(parsed + after, size, is_tail=True)
@@ -108,7 +133,7 @@ class Scan:
         if self.token is None:
             self.token = token
         is_checked = self._verify or frame.kind == "table"
-        if is_checked and not _payload_is_valid(fd, frame):
+        if is_checked and not _payload_is_valid(window, frame):
             # Of a record on its way the header may be there first.
             is_tail = end == size
             self._offset = self._start if is_tail else end
@@ -125,23 +150,19 @@ class Scan:
         return Damage(self._name, self._start, end - self._start, reason, is_tail)
 
 
-def _payload_is_valid(fd: int, frame: Frame) -> bool:
-    actual = _slot_checksums(fd, frame.payload_offset, frame.layout)
+def _payload_is_valid(window: _Window, frame: Frame) -> bool:
+    actual = _slot_checksums(window, frame.payload_offset, frame.layout)
     return all(a == b for a, b in zip(actual, frame.checksums.tolist(), strict=True))
 
 
-def _slot_checksums(fd: int, payload_offset: int, layout: Layout) -> Iterator[int]:
+def _slot_checksums(window: _Window, payload_offset: int, layout: Layout) -> Iterator[int]:
     """Yield the checksum of each array as it stands in the file, with the zeros behind it."""
-    window, window_start = memoryview(b""), 0
     for start, end in layout.slots:
         checksum = 0
         while start < end:
-            if not window_start <= start < window_start + len(window):
-                window = memoryview(read_at(fd, _CHUNK_BYTES, payload_offset + start))
-                window_start = start
-                if not window:
-                    break  # The file became shorter.
-            piece = window[start - window_start : end - window_start]
+            piece = window.read(min(_CHUNK_BYTES, end - start), payload_offset + start)
+            if not piece:
+                break  # The file became shorter.
             checksum = crc32(piece, checksum)
             start += len(piece)
         yield checksum
@@ -153,7 +174,7 @@ def _find_frame(fd: int, offset: int, size: int) -> tuple[int, Frame] | None:
         chunk = read_at(fd, _CHUNK_BYTES, offset)
         position = chunk.find(FRAME_MAGIC)
         while position >= 0:
-            parsed = read_frame(fd, offset + position, size)
+            parsed = read_frame(partial(_read, fd), offset + position, size)
             if not isinstance(parsed, str):
                 return offset + position, parsed[0]
             position = chunk.find(FRAME_MAGIC, position + 1)
@@ -161,3 +182,7 @@ def _find_frame(fd: int, offset: int, size: int) -> tuple[int, Frame] | None:
             return None
         offset += len(chunk) - len(FRAME_MAGIC) + 1
     return None
+
+
+def _read(fd: int, num_bytes: int, offset: int) -> bytes:
+    return read_at(fd, num_bytes, offset)

@@ -256,11 +256,11 @@ class SegmentRecords:
             return (0,)
         return tuple(n for n in self._shape_tables[stream.column][row].tolist() if n >= 0)
 
-    def num_bytes(self) -> int:
-        """Return the size of all arrays of all records in bytes."""
-        counts = Counter(self._present_of)
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of all arrays of some records in bytes."""
+        counts = Counter(self._present_of[row] for row in rows)
         return sum(
-            int(self._starts(stream)[-1])
+            int(np.diff(self._starts(stream))[rows].sum())
             if stream.shape is None
             else sum(counts[i] for i, has in enumerate(self._present) if stream.column in has)
             * self._row_bytes(stream)

@@ -84,7 +84,9 @@ class LogWriter:
         self._wait_seconds = None if block else wait_seconds
         self._sealing = Sealing(run, self.folder) if seal else None
         self._pid = os.getpid()
-        self._pool: list[npt.NDArray[np.uint8]] = []
+        # By size, so that one is found at once, however many a stall of the disk has left here.
+        self._pool: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        self._pooled_bytes = 0
         self._queue: deque[Pending] = deque()
         self._queued_bytes = 0
         self._is_closing = False
@@ -294,17 +296,20 @@ class LogWriter:
         return True
 
     def _take_buffer(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        size = _rounded_up(num_bytes)
         with self._condition:
-            for position, buffer in enumerate(self._pool):
-                if num_bytes <= buffer.nbytes <= 2 * num_bytes:
-                    return self._pool.pop(position)[:num_bytes]
-        return np.empty(num_bytes, np.uint8)
+            if self._pool.get(size):
+                self._pooled_bytes -= size
+                return self._pool[size].pop()[:num_bytes]
+        return np.empty(size, np.uint8)[:num_bytes]
 
     def _give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
         whole = buffer if buffer.base is None else buffer.base
-        pooled_bytes = sum(buffer.nbytes for buffer in self._pool)
-        if isinstance(whole, np.ndarray) and pooled_bytes + whole.nbytes <= self._queue_bytes // 4:
-            self._pool.append(whole)
+        if not isinstance(whole, np.ndarray) or not whole.nbytes:
+            return
+        if self._pooled_bytes + whole.nbytes <= self._queue_bytes // 4:
+            self._pooled_bytes += whole.nbytes
+            self._pool.setdefault(whole.nbytes, []).append(whole)
 
     def _append_all(self) -> None:
         while True:
@@ -321,3 +326,9 @@ class LogWriter:
                     self._give_back(pending.buffer)
                 self._condition.notify_all()
         self._appender.finish()
+
+
+def _rounded_up(num_bytes: int) -> int:
+    """Round a size up by an eighth at most, so that records of nearly one size share buffers."""
+    unit = 1 << max(0, num_bytes.bit_length() - 4)
+    return -(-num_bytes // unit) * unit

@@ -175,6 +175,6 @@ def test_a_read_goes_on_while_one_journal_after_the_other_is_sealed(run_path: Pa
             raise FileNotFoundError(2, "gone", name)
         return name
 
-    assert run._retry(read) == "three"
+    assert run.retry(read) == "three"
     with pytest.raises(FileNotFoundError):
-        run._retry(lambda: (run_path / "lost").read_text())
+        run.retry(lambda: (run_path / "lost").read_text())

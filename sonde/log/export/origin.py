@@ -113,6 +113,7 @@ class Origin:
 
     def _list(self) -> None:
         """List what the files hold now."""
+        self._num_refreshed = self._run.num_refreshed
         self._current = {(log.attempt, log.rank): log for log in self._run._writers}
         self._records: dict[Address, Record] = {
             (*writer, *key, record.sequence): record
@@ -123,13 +124,12 @@ class Origin:
         }
 
     def _retry(self, read: Callable[[], Any]) -> Any:  # Any: whatever is read.
-        try:
+        def read_listed() -> Any:
+            if self._run.num_refreshed != self._num_refreshed:
+                self._list()
             return read()
-        except FileNotFoundError:
-            # A journal was sealed since it was listed.
-            self._run.refresh()
-            self._list()
-            return read()
+
+        return self._run.retry(read_listed)
 
     def _read(
         self, addresses: Sequence[Address], key: StreamKey

@@ -9,7 +9,7 @@ any size reads its metadata only; a chunk is checked before it is unpacked, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -214,12 +214,16 @@ class ExportedPart(Part):
         present = frozenset[int]().union(*sets)
         return list(dict.fromkeys(s.key for s in self._group.streams if s.column in present))
 
-    def num_bytes(self) -> int:
-        """Return the size of all arrays of all its records in bytes."""
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of all arrays of some records in bytes."""
+        alike: dict[frozenset[int], list[int]] = {}
+        for row in rows:
+            alike.setdefault(self._group.set_of(row), []).append(row)
+        streams = self._group.streams
         return sum(
-            stream.num_bytes
-            for record in self.records
-            for stream in self.streams(record.row).values()
+            streams[column].num_bytes(of_set)
+            for columns, of_set in alike.items()
+            for column in columns
         )
 
     def _find(self, row: int, key: StreamKey) -> ExportedStream:
@@ -259,7 +263,7 @@ class SupersededPart(Part):
         """Return nothing: their arrays were not exported."""
         return []
 
-    def num_bytes(self) -> int:
+    def num_bytes(self, rows: Sequence[int]) -> int:
         """Return 0: their arrays were not exported."""
         return 0
 

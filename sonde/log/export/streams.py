@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -115,6 +116,14 @@ class ExportedStream:
         if self._shape is not None:
             return self._shape
         return tuple(size for size in self._shapes[row].tolist() if size >= 0)
+
+    def num_bytes(self, rows: Sequence[int]) -> int:
+        """Return the size of its arrays in some records that have it, in bytes."""
+        if self._shape is not None:
+            count = len(rows) * math.prod(self._shape)
+        else:
+            count = int(np.diff(self._starts)[rows].sum())
+        return count * storage_dtype(self.dtype).itemsize
 
     def read(self, row: int) -> Array:
         """Read the array of one record.
