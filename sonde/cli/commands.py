@@ -199,20 +199,29 @@ def verify(runs: RunPaths) -> None:
     """Check every byte of runs against its checksum.
 
     Each damaged file is named with the records in it that cannot be read; they are never returned
-    as data. Without damage the exit status is 0, otherwise 1. Exported runs are checked likewise.
+    as data. Without damage the exit status is 0, otherwise 1. A record that was being written when
+    its process was killed is no damage: nothing committed is lost. Exported runs are checked
+    likewise.
 
     Examples:
         sonde verify runs/seed0
         sonde verify runs/seed0 runs/seed1
     """
+    from sonde.log import open_run
     from sonde.log.verify import verify_run
 
     is_damaged = False
     for run in runs:
         with working(f"verifying {run}"):
             damage = verify_run(run)
+            unfinished = open_run(run).unfinished
         for item in damage:
             typer.echo(f"{run}: {item}")
+        for item in unfinished:
+            typer.echo(
+                f"{run}: {item}: it was being written when its process ended; nothing committed is "
+                "lost"
+            )
         if not damage:
             typer.echo(f"{run}: intact")
         is_damaged = is_damaged or bool(damage)

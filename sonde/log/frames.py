@@ -140,7 +140,37 @@ def read_file_header(fd: int, name: str, size: int) -> tuple[int | None, int | N
             return int(token), int(first_sequence), None
     is_tail = size <= _FILE.size
     reason = "the journal ends inside its header" if is_tail else "the file header is damaged"
-    return None, None, Damage(name, 0, min(size, _FILE.size), reason, is_tail)
+    is_cut_off = size < _FILE.size
+    return None, None, Damage(name, 0, min(size, _FILE.size), reason, is_tail, is_cut_off)
+
+
+def is_cut_off(read: Callable[[int, int], bytes | memoryview], offset: int, size: int) -> bool:
+    """Tell whether the file ends within the frame at `offset`, as far as its bytes tell.
+
+    A frame that is whole but for a damaged length is not cut off: its index is there to its end.
+
+    Args:
+        read: Returns so many bytes at an offset.
+        offset: Where the frame begins.
+        size: The size of the file.
+    """
+    fixed = bytes(read(min(_FIXED.size, size - offset), offset))
+    if len(fixed) < _FIXED.size:
+        return FRAME_MAGIC.startswith(fixed[: len(FRAME_MAGIC)])
+    magic, index_bytes, num_arrays, _, payload_bytes, *_, header_crc = _FIXED.unpack(fixed)
+    if magic != FRAME_MAGIC:
+        return False
+    rest_bytes = index_bytes + padded(4 * num_arrays)
+    rest = bytes(read(min(rest_bytes, size - offset - _FIXED.size), offset + _FIXED.size))
+    if len(rest) == rest_bytes:
+        has_valid_header = crc32(rest, crc32(fixed[:-4])) == header_crc
+        return has_valid_header and offset + _FIXED.size + rest_bytes + payload_bytes > size
+    _, _, arrays = rest.partition(b"\n")
+    try:
+        entries, end = json.JSONDecoder().raw_decode(arrays.decode(errors="replace"))
+    except ValueError:
+        return True  # The index is not there to its end.
+    return len(arrays) - end < padded(4 * len(entries))
 
 
 def read_frame(

@@ -57,6 +57,7 @@ class WriterLog:
         tables: The tables, by source.
         events: Notes, gaps and the end, in order.
         damage: What could not be read.
+        unfinished: What was being written when its process was killed, and was not committed.
     """
 
     attempt: int
@@ -67,6 +68,7 @@ class WriterLog:
     tables: dict[str, Table] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
+    unfinished: list[Damage] = field(default_factory=list)
 
     @property
     def resume_step(self) -> int:
@@ -204,7 +206,7 @@ class Index:
             for first, end, segment in found:
                 log.add_segment(segment, first, end)
             for first, journal in journaled:
-                log.add_journal(journal, first, is_live=is_live and first == open_ends[-1][0])
+                log.add_journal(journal, first, is_live=is_live, is_last=first == open_ends[-1][0])
             missing = log.missing()
             # Of files that come while a folder is listed, the list may have a later one and not an
             # earlier one. So what is missing from a growing log must be missing twice.
@@ -275,7 +277,7 @@ class _LogBuilder:
             return
         log = self._log
         segment, numbers = opened.segment, opened.numbers
-        damage = [Damage(**item) for item in segment.damage]
+        damage = [Damage.of(item) for item in segment.damage]
         log.damage += damage
         if numbers is not None:
             start, last = numbers
@@ -295,7 +297,9 @@ class _LogBuilder:
             self._seen.update(record.sequence for record in part.records)
             log.parts.setdefault((part.measure, part.source), []).append(part)
 
-    def add_journal(self, journal: _OpenJournal, first: int, *, is_live: bool) -> None:
+    def add_journal(
+        self, journal: _OpenJournal, first: int, *, is_live: bool, is_last: bool
+    ) -> None:
         refused = self._refuse(journal)
         if refused is not None:
             self._leave_out(refused, first, first)
@@ -308,9 +312,13 @@ class _LogBuilder:
         for item in journal.items:
             if isinstance(item, Damage):
                 # The tail of a live journal is a record on its way.
-                if not (item.is_tail and is_live) and not is_sealed:
-                    log.damage.append(item)
-                    is_damaged = True
+                if is_sealed or (item.is_tail and is_live and is_last):
+                    continue
+                if item.is_cut_off and is_last:
+                    log.unfinished.append(item)
+                    continue
+                log.damage.append(item)
+                is_damaged = True
                 continue
             start, end = min(start, item.sequence), item.sequence + 1
             if item.sequence in self._seen:

@@ -185,6 +185,14 @@ class Run:
         """What could not be read, file by file."""
         return [damage for writer in self._writers for damage in writer.damage]
 
+    @property
+    def unfinished(self) -> list[Damage]:
+        """What was being written when its process was killed; nothing committed is lost by it.
+
+        A journal that was cut short afterwards looks the same.
+        """
+        return [item for writer in self._writers for item in writer.unfinished]
+
     def sources(self, measure: str) -> list[str]:
         """Return the sources a measure has records of."""
         return [source for name, source in self._records if name == measure]

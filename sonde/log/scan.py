@@ -9,7 +9,15 @@ from functools import partial
 from zlib_ng.zlib_ng import crc32
 
 from .damage import Damage
-from .frames import FILE_HEADER_BYTES, FRAME_MAGIC, Frame, describe, read_file_header, read_frame
+from .frames import (
+    FILE_HEADER_BYTES,
+    FRAME_MAGIC,
+    Frame,
+    describe,
+    is_cut_off,
+    read_file_header,
+    read_frame,
+)
 from .payload import Layout
 from .positioned import read_at
 
@@ -126,7 +134,8 @@ class Scan:
             following = _find_frame(window.fd, self._start + 1, size)
             if following is None:
                 after = f", after {describe(self._last)}" if self._last is not None else ""
-                return self._damage(parsed + after, size, is_tail=True)
+                cut_off = is_cut_off(window.read, self._start, size)
+                return self._damage(parsed + after, size, is_tail=True, is_cut_off=cut_off)
             self._offset, frame = following
             return self._damage(f"{parsed}, before {describe(frame)}", self._offset)
         frame, token, end = parsed
@@ -146,8 +155,11 @@ class Scan:
             return self._damage(f"{describe(frame)} is out of order", end)
         return frame
 
-    def _damage(self, reason: str, end: int, *, is_tail: bool = False) -> Damage:
-        return Damage(self._name, self._start, end - self._start, reason, is_tail)
+    def _damage(
+        self, reason: str, end: int, *, is_tail: bool = False, is_cut_off: bool = False
+    ) -> Damage:
+        start = self._start
+        return Damage(self._name, start, end - start, reason, is_tail, is_cut_off)
 
 
 def _payload_is_valid(window: _Window, frame: Frame) -> bool:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -119,9 +120,18 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
         left.unlink(missing_ok=True)  # Of a sealer that was killed, perhaps of the same number.
     end = frames[-1].sequence + 1 if frames else first
     sealed = _sealed_before(journal.parent, first, end, frames)
-    if sealed is not None or not frames:
+    if sealed is not None:
         return sealed
-    damage = [vars(item) for item in scanned if isinstance(item, Damage)]
+    is_last = journals(journal.parent)[-1][1] == journal
+    damage = [
+        item.describe()
+        for item in scanned
+        if isinstance(item, Damage) and not (item.is_cut_off and is_last)
+    ]
+    if not frames:
+        if not damage:
+            journal.unlink(missing_ok=True)  # Its process was killed before it had written a frame.
+        return None
     segment = segment_path(journal.parent, first, end)
     temporary = segment.with_suffix(f".{os.getpid()}.tmp")
     if shutil.disk_usage(journal.parent).free < os.fstat(file.fileno()).st_size:
@@ -130,6 +140,10 @@ def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:
     try:
         write_segment(temporary, file, frames, first, damage)
         difference = differing_frame(temporary, frames)
+        if difference is not None and not verify:
+            # Or it is the journal that is damaged, which nobody has looked at.
+            temporary.unlink()
+            return _seal_file(journal, file, verify=True)
         if difference is not None:
             reason = f"the segment was not written as it should be: {difference}"
             raise OSError(errno.EIO, reason, str(journal))
@@ -167,6 +181,7 @@ def main() -> None:
         "the standard input",
     )
     arguments = parser.parse_args()
+    _leave_no_core()
     try:
         if arguments.follow is None:
             for segment in seal_run(arguments.run):
@@ -178,6 +193,14 @@ def main() -> None:
             seal_run(arguments.run, arguments.follow, before)
     except (SondeError, OSError, RuntimeError) as error:  # libhdf5 raises the last one.
         sys.exit(f"sonde: {error}")
+
+
+def _leave_no_core() -> None:
+    """Let a sealer that a library ends leave no file in the run; its journal is still there."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit.
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

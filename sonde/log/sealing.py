@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,8 +133,18 @@ class Sealing:
             self._failure = None
         elif process.stderr is not None and not process.stderr.closed:
             lines = process.stderr.read().decode(errors="replace").strip().splitlines()
-            self._failure = lines[-1] if lines else f"exit status {process.returncode}"
+            self._failure = lines[-1] if lines else _ending_of(process.returncode)
         for pipe in (process.stdin, process.stderr):
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
+
+
+def _ending_of(status: int) -> str:
+    """Say how a process has ended that said nothing itself."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    except ValueError:  # Real-time signals have no names.
+        return f"its process was ended by signal {-status}"

@@ -82,6 +82,7 @@ class View:
         self._written = written
         self.faults: list[str] = []
         self.damage: list[Damage] = []
+        self.unfinished: list[Damage] = []
         self.refusal: str | None = None
         self.state = "refused"
         self.seen: set[RecordKey] = set()
@@ -89,13 +90,14 @@ class View:
 
     @property
     def is_reported(self) -> bool:
-        return bool(self.damage) or self.refusal is not None
+        return bool(self.damage or self.unfinished) or self.refusal is not None
 
     def look(self, path: Path, *, in_xarray: bool = False) -> None:
         """Read everything there is."""
         try:
             run = open_run(path)
             self.damage = verify_run(path)
+            self.unfinished = run.unfinished
         except SondeError as error:
             self.refusal = str(error)
             return
@@ -246,7 +248,8 @@ def seal(origin: Origin, copy: Path, rng: random.Random, before: View) -> Iterat
     yield from (f"sealed: {fault}" for fault in after.faults)
     is_whole = after.seen >= set(origin.written.visible()) and not after.unread
     # Damaged zeros between two arrays are of no record, and not copied.
-    if before.is_reported and not (after.is_reported or is_whole):
+    # What was cut off was never committed, and goes.
+    if (before.damage or before.refusal) and not (after.is_reported or is_whole):
         yield "sealing made the damage disappear"
     if not before.seen <= after.seen or after.state != before.state:
         yield "sealing changed what is there"

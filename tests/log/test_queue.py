@@ -177,3 +177,23 @@ def test_append_that_waited_while_the_writer_closed_is_refused(
     waiting.join(LIMIT_SECONDS)
     assert results == [False]
     assert writer.flush(timeout=LIMIT_SECONDS)
+
+
+def test_buffers_that_a_stall_has_left_are_found_by_their_size(
+    run_path: Path, gate: Callable[[], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogWriter(run_path, seal=False)
+    held = gate()
+    sizes = [8 * (1 + number % 7) for number in range(700)]
+    for size in sizes:
+        writer.append("m", "s", 0, [LogArray("a", np.zeros(size), ("n",))])
+    held.open()
+    assert writer.flush()
+    made: list[int] = []
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda n, dtype: made.append(n) or empty(n, dtype))  # type: ignore[func-returns-value] # append
+    for size in sizes[:100]:
+        writer.append("m", "s", 1, [LogArray("a", np.zeros(size), ("n",))])
+    writer.close()
+    assert made == []  # Each record found one, of its own size or little larger.
+    assert open_run(run_path).steps() == [0, 1]

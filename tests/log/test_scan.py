@@ -15,7 +15,7 @@ from sonde.log.payload import lay_out
 from sonde.log.scan import scan_journal
 
 from .conftest import assert_intact, new_run, write_records
-from .files import frame_bounds, frames_of, journal_of, overwrite
+from .files import frame_bounds, frames_of, journal_of, journals_of, overwrite
 
 NUM_RECORDS = 6
 
@@ -82,7 +82,8 @@ def test_journal_cut_inside_a_record_holds_those_before(journal: Path, record: i
     ][record]
     os.truncate(journal, (start + end) // 2)
     run = assert_intact(journal.parent.parent, range(record))
-    assert [damage.is_tail for damage in run.damage] == [True]
+    assert run.damage == []  # It looks as if its process had been killed.
+    assert [damage.is_tail for damage in run.unfinished] == [True]
 
 
 def test_frame_of_another_journal_is_named_as_such(journal: Path, tmp_path: Path) -> None:
@@ -126,3 +127,23 @@ def test_a_frame_that_was_cut_out_whole_is_reported(journal: Path) -> None:
     journal.write_bytes(content[:start] + content[end:])
     (missing,) = assert_intact(journal.parent.parent, [0, *range(2, NUM_RECORDS)]).damage
     assert missing.reason.startswith("frames 3 to 3 are missing before record 4")
+
+
+def test_small_records_are_not_read_over_and_over(
+    run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogWriter(run_path, seal=False)
+    for step in range(2000):
+        writer.append("scalars", "training", step, [LogArray("loss", np.array(0.5), ())])
+    writer.close()
+    (journal,) = journals_of(run_path)
+    read, num_read = os.pread, [0]
+
+    def counted(fd: int, num_bytes: int, offset: int) -> bytes:
+        data = read(fd, num_bytes, offset)
+        num_read[0] += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert len(open_run(run_path).scalars.steps) == 2000
+    assert num_read[0] < 2 * journal.stat().st_size

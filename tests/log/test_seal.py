@@ -354,3 +354,33 @@ def test_a_module_in_the_working_folder_does_not_shadow_the_sealers(
     assert writer.append("activations", "probe", 0, record_of(0))
     writer.close()
     assert (writer.problem, journals_of(run_path)) == (None, [])
+
+
+def test_a_record_on_its_way_is_no_damage_and_goes_when_it_is_sealed(run_path: Path) -> None:
+    write_records(run_path, range(4))
+    (journal,) = journals_of(run_path)
+    os.truncate(journal, frame_bounds(journal)[-2][1] - 5)  # Within the last record.
+    assert verify_run(run_path) == []
+    assert [item.is_cut_off for item in open_run(run_path).unfinished] == [True]
+    seal_run(run_path)
+    run = assert_intact(run_path, range(3))
+    assert (run.unfinished, run.damage, journals_of(run_path)) == ([], [], [])
+
+
+def test_a_journal_without_a_frame_is_removed(run_path: Path) -> None:
+    write_records(run_path, range(4))
+    (journal,) = journals_of(run_path)
+    os.truncate(journal, 30)  # Within the header of the file.
+    assert verify_run(run_path) == []
+    assert seal_run(run_path) == []
+    assert journals_of(run_path) == []
+
+
+def test_a_journal_that_was_cut_before_others_is_damaged(run_path: Path) -> None:
+    write_records(run_path, range(6), segment_bytes=1300)
+    first, *others = journals_of(run_path)
+    assert others
+    os.truncate(first, frame_bounds(first)[-1][1] - 5)
+    assert len(verify_run(run_path)) == 1
+    seal_run(run_path)
+    assert len(verify_run(run_path)) == 1

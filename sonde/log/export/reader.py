@@ -166,7 +166,7 @@ class _Content:
             parts=parts,
             tables={source: tables[number] for source, number in entry["tables"].items()},
             events=entry["events"],
-            damage=[Damage(**item) for item in entry["damage"]],
+            damage=[Damage.of(item) for item in entry["damage"]],
             first_step=entry["resume_step"],
         )
 

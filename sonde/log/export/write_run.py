@@ -147,11 +147,11 @@ def _describe_writer(
     unread: Sequence[tuple[Writer | None, str]],
 ) -> Facts:
     log = origin.writers[name]
-    damage = [vars(item) for item in log.damage]
+    damage = [item.describe() for item in log.damage]
     for writer, reason in unread:
         if writer == name:
             path, _, what = reason.partition(": ")
-            damage.append(vars(Damage(path, 0, 0, what)))
+            damage.append(Damage(path, 0, 0, what).describe())
     return {
         "attempt": log.attempt,
         "rank": log.rank,
