@@ -163,8 +163,9 @@ def is_cut_off(read: Callable[[int, int], bytes | memoryview], offset: int, size
     rest_bytes = index_bytes + padded(4 * num_arrays)
     rest = bytes(read(min(rest_bytes, size - offset - _FIXED.size), offset + _FIXED.size))
     if len(rest) == rest_bytes:
-        has_valid_header = crc32(rest, crc32(fixed[:-4])) == header_crc
-        return has_valid_header and offset + _FIXED.size + rest_bytes + payload_bytes > size
+        if crc32(rest, crc32(fixed[:-4])) != header_crc:
+            return False
+        return bool(offset + _FIXED.size + rest_bytes + payload_bytes > size)
     _, _, arrays = rest.partition(b"\n")
     try:
         entries, end = json.JSONDecoder().raw_decode(arrays.decode(errors="replace"))

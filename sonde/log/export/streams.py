@@ -120,7 +120,7 @@ class ExportedStream:
     def num_bytes(self, rows: Sequence[int]) -> int:
         """Return the size of its arrays in some records that have it, in bytes."""
         if self._shape is not None:
-            count = len(rows) * math.prod(self._shape)
+            count: int = len(rows) * math.prod(self._shape)
         else:
             count = int(np.diff(self._starts)[rows].sum())
         return count * storage_dtype(self.dtype).itemsize
