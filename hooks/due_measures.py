@@ -13,11 +13,12 @@ from torch import nn
 
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .optimizer_steps import weights_seen
 from .own_work import evaluating
 from .probe_precision import ProbePrecision
 from .record_log import RecordLog
 from .schedule import Schedule
-from .training import TrainingStep
+from .training import TRAINING, TrainingStep
 
 
 class DueMeasures:
@@ -203,10 +204,28 @@ class DueMeasures:
         try:
             with evaluating(self._subject.model):
                 recording = self._precision.record(measure)
+            if measure.source != TRAINING.name:
+                self._state_weights(recording, step)
             self._write(measure, recording, step)
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error, step)
         self._log.warn_of_trouble()
+
+    def _state_weights(self, recording: Recording, step: int) -> None:
+        """Say in a record which weights a probe has seen, where an optimizer swaps them."""
+        weights = weights_seen(self._subject.optimizers)
+        if weights is None:
+            return
+        recording.attributes["weights"] = weights
+        if weights.startswith("of training"):
+            reason = (
+                f"probes see the weights {weights}, not those that optimizer.eval() swaps in, as "
+                "to swap them would change the training; to record these, call recorder.measure() "
+                "between optimizer.eval() and optimizer.train()"
+            )
+            if not self._log.has_warned(reason):
+                self._log.note("weights", step, reason=reason)
+            self._log.warn(reason)
 
     def _write(self, measure: Measure, recording: Recording, step: int) -> None:
         if measure not in self._silent:

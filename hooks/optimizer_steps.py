@@ -10,7 +10,7 @@ that a GradScaler had it skip: its `found_inf` says so, on the device.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,21 @@ class AttachedOptimizer:
 _ADVICE = (
     "Attach the optimizer whose step() is called, or call recorder.step() after each update instead"
 )
+
+
+def weights_seen(optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
+    """Say which weights a probe sees, where an optimizer swaps them; None where none does.
+
+    A schedule-free optimizer (Defazio et al., 2024, 2405.15682) has a mode: in `train()` the model
+    holds the weights that gradients are taken at, in `eval()` their average. To swap them is not
+    exact in float32, and would change the training; so it is left to the user.
+    """
+    for optimizer in optimizers:
+        modes = {group["train_mode"] for group in optimizer.param_groups if "train_mode" in group}
+        if modes:
+            which = "training" if True in modes else "evaluation"
+            return f"of {which}, by the mode of {type(optimizer).__name__}"
+    return None
 
 
 def check_optimizer(optimizer: object) -> None:
