@@ -97,7 +97,11 @@ class ClassLoss:
         """
         if targets.ndim == 1 and self.weight is None and self.reduction == "mean":
             is_counted = targets != self.ignore_index
-            losses = self._each(logits, targets.where(is_counted, 0))
+            classes = targets.where(is_counted, 0)
+            if self.label_smoothing or logits.dtype != torch.float64:
+                losses = self._each(logits, classes)
+            else:
+                losses = _FromOthers.apply(logits, classes[:, None])[:, 0]
             return losses.where(is_counted, math.nan)
         losses = self.of_positions(logits, targets)
         total = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
@@ -105,6 +109,25 @@ class ClassLoss:
             return total
         weights = self.weights(targets, losses)
         return total / (weights.flatten(1).sum(1) if weights.ndim > 1 else weights)
+
+
+class _FromOthers(torch.autograd.Function):
+    """Cross entropy, [examples, 1], of few operations, as those of a small model take no longer.
+
+    Its own value is rounded to 1e-16, so it is for float64 only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, at: Tensor) -> Tensor:
+        logs = logits.log_softmax(1)
+        ctx.save_for_backward(logs, at)
+        return -logs.gather(1, at)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        logs, at = ctx.saved_tensors
+        shares = logs.exp().scatter_(1, at, 0)
+        return shares.scatter_(1, at, -shares.sum(1, keepdim=True)).mul_(gradients[0]), None
 
 
 _PLAIN = ClassLoss()
