@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,9 @@ from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
 from .datasets import DatasetRows
+from .digests import ExamplesDigest, digest, input_digest
 from .example_axes import ExampleAxes
+from .example_ids import as_int64
 from .model_states import ModelState
 from .own_work import evaluating
 from .precision import full_precision, without_autocast
@@ -43,7 +44,8 @@ class Probe:
             in its own order; a DataLoader lends its `collate_fn` and batch size, not its sampler.
         targets: One target per example, [examples, …]; a dataset brings its own.
         ids: One integer per example, stable across epochs, ranks and runs. By default the position
-            in `inputs`, or for a `Subset` its indices.
+            in `inputs`, or for a `Subset` its indices. Positions name the same examples in two runs
+            only if both have the same probe; analyses of several runs compare inputs and targets.
         name: The name of this source in the log; by default `probe`.
         batch_size: How many examples are evaluated at once.
         batch_dim: The axis of inputs and targets that holds the examples, of those that have so
@@ -91,7 +93,7 @@ class Probe:
         self._inputs: Inputs | None = None
         if dataset is not None and not in_memory:
             self.num_examples = dataset.num_examples
-            targets, self._read_digest = self._read_through(dataset)
+            targets, self._read_digests = self._read_through(dataset)
         else:
             if dataset is not None:
                 inputs, targets = dataset.read(slice(None))
@@ -99,6 +101,7 @@ class Probe:
             self.num_examples = self._common_length(self._inputs)
         self.targets = None if targets is None else as_tensor(targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
+        self._ids_are_positions = ids is None
         if self.targets is not None:
             num_targets = self.axes.size_of(self.targets)
             if num_targets != self.num_examples:
@@ -112,11 +115,18 @@ class Probe:
         return held
 
     @cached_property
-    def _input_digest(self) -> str:
+    def _digests(self) -> dict[str, str]:
         # Only once it is asked for: of many examples it takes longer than a small model does.
         if self._inputs is None:
-            return self._read_digest
-        return digest([_as_bytes(tensor) for tensor in _tensors(self._inputs)])
+            return self._read_digests
+        tensors = _tensors(self._inputs)
+        digests = {"input_digest": input_digest(tensors)}
+        if len(tensors) > 1 or self.axes.batch_dim:
+            # What a probe has, too, that reads its examples batch by batch.
+            of_examples = ExamplesDigest(self.num_examples, self.axes)
+            of_examples.add(tensors)
+            digests["examples_digest"] = of_examples.result()
+        return digests
 
     @property
     def inputs(self) -> Inputs:
@@ -181,8 +191,10 @@ class Probe:
             "num_examples": self.num_examples,
             "batch_size": self.batch_size,
             "id_digest": digest([self.ids]),
-            "input_digest": self._input_digest,
+            **self._digests,
         }
+        if self._ids_are_positions:
+            described["ids"] = "positions"
         return described | ({"batch_dim": self.axes.batch_dim} if self.axes.batch_dim else {})
 
     def _common_length(self, inputs: Inputs) -> int:
@@ -198,21 +210,33 @@ class Probe:
             )
         return sizes.pop()
 
-    def _read_through(self, dataset: DatasetRows) -> tuple[Tensor | None, str]:
-        """Read a dataset once, batch by batch; return its targets and a digest of its inputs."""
-        digests = []
+    def _read_through(self, dataset: DatasetRows) -> tuple[Tensor | None, dict[str, str]]:
+        """Read a dataset once, batch by batch; return its targets and digests of its inputs."""
+        of_batches = []
+        of_examples = ExamplesDigest(dataset.num_examples, self.axes)
         targets = []
+        num_tensors = 1
         for start in range(0, dataset.num_examples, self.batch_size):
             read, batch_targets = dataset.read(slice(start, start + self.batch_size))
             inputs = _as_inputs(read)
             self._common_length(inputs)
-            digests.append(digest([_as_bytes(tensor) for tensor in _tensors(inputs)]))
+            tensors = _tensors(inputs)
+            num_tensors = len(tensors)
+            of_batches.append(input_digest(tensors))
+            of_examples.add(tensors)
             targets.append(batch_targets)
         joined = None
         if targets[0] is not None:
             read_targets = [as_tensor(target) for target in targets]
             joined = torch.cat(read_targets, self.axes.of(read_targets[0]))
-        return joined, f"batches of {self.batch_size}: {_digest_of(digests)}"
+        if num_tensors == 1 and not self.axes.batch_dim:
+            return joined, {"input_digest": of_examples.result()}
+        # One tensor after the other, as `input_digest` takes them, they cannot be read in batches.
+        batches = digest([np.frombuffer("".join(of_batches).encode(), np.uint8)])
+        return joined, {
+            "input_digest": f"batches of {self.batch_size}: {batches}",
+            "examples_digest": of_examples.result(),
+        }
 
     def __repr__(self) -> str:
         return f"Probe({self.num_examples} examples, name={self.name!r})"
@@ -223,10 +247,6 @@ class PassingProbe(Probe):
 
     def _hold(self, inputs: Any) -> Inputs:
         return _as_inputs(inputs)
-
-
-def _digest_of(texts: Sequence[str]) -> str:
-    return digest([np.frombuffer("".join(texts).encode(), np.uint8)])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -246,15 +266,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer; the CPU if it has none."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def digest(arrays: Sequence[npt.NDArray[Any]]) -> str:
-    """Return a short digest of the shapes, types and bytes of arrays."""
-    state = hashlib.sha256()
-    for array in arrays:
-        state.update(f"{array.dtype.str}{array.shape}".encode())
-        state.update(np.ascontiguousarray(array).data)
-    return state.hexdigest()[:16]
 
 
 @contextmanager
@@ -354,9 +365,4 @@ def _as_ids(ids: Any, num_examples: int) -> npt.NDArray[np.int64]:
     values, counts = np.unique(given, return_counts=True)
     if counts.max() > 1:
         raise InvalidInputError(f"`ids` repeats {values[counts.argmax()]}; each must be unique")
-    return given.astype(np.int64)
-
-
-def _as_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return cast("npt.NDArray[np.uint8]", flat.view(torch.uint8).numpy())
+    return as_int64(given)

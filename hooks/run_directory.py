@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError, SondeWarning
+from sonde.log.inputs import same_inputs
 from sonde.log.layout import (
     RUN_FILE,
     is_being_written,
@@ -131,7 +132,9 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     for source, probe in now["probes"].items():
         known = before.get("probes", {}).get(source, {})
         for key in ("id_digest", "input_digest"):
-            if known.get(key) != probe[key]:
+            # Digests of batches of another size say nothing of the inputs.
+            is_other = known.get(key) != probe[key]
+            if is_other and (key == "id_digest" or same_inputs(known, probe) is False):
                 raise MismatchError(
                     f"{path} was recorded with other examples as '{source}' ({key} "
                     f"{known.get(key)}, now {probe[key]}); give the same probe, or record into "

@@ -21,6 +21,7 @@ from sonde.exceptions import InvalidInputError
 from . import own_work
 from .arrivals import Arrivals
 from .batch_axes import BatchAxes
+from .example_ids import as_int64
 from .probes import run_eagerly
 from .sharding import has_sharded_parameters
 from .taps import add_hook, is_recomputing, tensor_leaves
@@ -476,7 +477,7 @@ def make_batch(
             f"`ids` has {len(given_ids)} examples, `targets` {len(given_targets)}"
         )
     if given_ids is not None:
-        given_ids = given_ids.astype(np.int64)
+        given_ids = as_int64(given_ids)
     return Batch(given_ids, given_targets, reduction, divided_by, num_real)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.probes import as_tensor, device_of, digest, undisturbed
+from sonde.hooks.digests import digest
+from sonde.hooks.example_ids import as_int64
+from sonde.hooks.probes import as_tensor, device_of, undisturbed
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.scores import Output, Scores, check_outputs
 from sonde.log import LogArray
@@ -91,7 +93,7 @@ class DecisionPlanes(Measure):
     ) -> None:
         self._inputs = as_tensor(inputs).detach()
         self._targets = np.asarray(as_tensor(targets).cpu())
-        self._ids = np.arange(len(self._inputs)) if ids is None else np.asarray(ids, np.int64)
+        self._ids = np.arange(len(self._inputs)) if ids is None else as_int64(np.asarray(ids))
         self._triplets = triplets
         self._resolution = resolution
         self._population = population

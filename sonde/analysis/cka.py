@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -23,12 +23,12 @@ from sonde.exceptions import (
 from sonde.log.relative import BESIDE, is_rounding
 
 from . import kernels
+from ._examples import Indices, Matched, match
 from ._select import measure_log, select_layers, select_steps
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog, Run
 
-_Indices = np.ndarray[Any, np.dtype[np.intp]]  # Any: the shape is always [examples].
 # (run, layer, problem) -> the steps at which it was found, in order.
 _Lost = dict[tuple[str, str, str], dict[int, None]]
 
@@ -47,8 +47,9 @@ def cka(
     """Compare every layer of a run with every layer of another run, or of itself, by CKA.
 
     Examples are matched by their id: sides with the same ids in another order are aligned, sides
-    that only overlap are compared on the common ids, with a warning. Layers without variance over
-    the examples, or with non-finite activations, are NaN, and a warning names them.
+    that only overlap are compared on the common ids, with a warning. Equal ids whose targets differ
+    are refused, and a warning says where the inputs differ. Layers without variance over the
+    examples, or with non-finite activations, are NaN, and a warning names them.
 
     Memory: 8 * (layers + other_layers) * examples² bytes.
 
@@ -68,7 +69,8 @@ def cka(
         runs and steps, the source and the number of examples compared.
 
     Raises:
-        MismatchError: If the sides do not share at least 4 examples, or have no ids.
+        MismatchError: If the sides do not share at least 4 examples, have no ids, or have other
+            targets under the same ids.
 
     Example::
 
@@ -82,16 +84,16 @@ def cka(
     names = select_layers(log, layers)
     other_names = select_layers(other_log, layers if other_layers is None else other_layers)
     same = other_log is log and other_at == at
-    rows, other_rows, messages = (None, None, []) if same else _align(log, other_log)
+    matched = Matched() if same else match(log, at, other_log, other_at, "CKA")
 
     lost: _Lost = {}
-    stack = _stack(log, at, names, rows, unbiased, lost)
+    stack = _stack(log, at, names, matched.rows, unbiased, lost)
     if same and other_names == names:
         values = kernels.centered_cka(stack)
     else:
-        other_stack = _stack(other_log, other_at, other_names, other_rows, unbiased, lost)
+        other_stack = _stack(other_log, other_at, other_names, matched.other_rows, unbiased, lost)
         values = kernels.centered_cka(stack, other_stack)
-    for message in messages + _messages(lost):
+    for message in matched.messages + _messages(lost):
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return xr.DataArray(
         values,
@@ -139,7 +141,7 @@ def cka_over_steps(
 
     Raises:
         MismatchError: If the run has no ids for these examples, so that they may change from step
-            to step.
+            to step, or its examples changed under the same ids when it was resumed.
 
     Example::
 
@@ -149,8 +151,10 @@ def cka_over_steps(
     selected = select_steps(log, steps)
     at = log.resolve_step(reference)
     names = select_layers(log, layers)
-    if log.ids is None and selected != [at]:
-        raise MismatchError(_no_ids(log))
+    messages: dict[str, None] = {}
+    for step in selected:
+        if step != at:
+            messages.update(dict.fromkeys(match(log, step, log, at, "CKA").messages))
     lost: _Lost = {}
     references = _stack(log, at, names, None, unbiased, lost)
     values = np.full((len(selected), len(names)), np.nan)
@@ -160,7 +164,7 @@ def cka_over_steps(
             if centered is not None:
                 reference_row = references[column : column + 1]
                 values[row, column] = kernels.centered_cka(reference_row, centered[None])[0, 0]
-    for message in _messages(lost):
+    for message in [*messages, *_messages(lost)]:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return xr.DataArray(
         values,
@@ -182,7 +186,7 @@ def _stack(
     log: MeasureLog,
     step: int,
     names: list[str],
-    rows: _Indices | None,
+    rows: Indices | None,
     unbiased: bool,
     lost: _Lost,
 ) -> kernels.Array:
@@ -216,7 +220,7 @@ def _centered(
     log: MeasureLog,
     step: int,
     name: str,
-    rows: _Indices | None,
+    rows: Indices | None,
     unbiased: bool,
     lost: _Lost,
 ) -> kernels.Array | None:
@@ -291,41 +295,6 @@ def _messages(lost: _Lost) -> list[str]:
     ]
 
 
-def _align(
-    log: MeasureLog, other: MeasureLog
-) -> tuple[_Indices | None, _Indices | None, list[str]]:
-    """Find the rows of the common examples on both sides, and what to warn about.
-
-    Rows are None where both sides have the same examples in the same order.
-
-    Raises:
-        MismatchError: If ids are missing, repeat, or fewer than 4 are common.
-    """
-    ids, other_ids = log.ids, other.ids
-    if ids is None or other_ids is None:
-        raise MismatchError(_no_ids(log if ids is None else other))
-    if np.array_equal(ids, other_ids):
-        return None, None, []
-    for side, values in ((log, ids), (other, other_ids)):
-        if len(np.unique(values)) < len(values):
-            raise MismatchError(
-                f"ids of '{side.source}' in run '{side.run.name}' repeat: "
-                "examples in different orders cannot be aligned"
-            )
-    common, rows, other_rows = np.intersect1d(
-        ids, other_ids, assume_unique=True, return_indices=True
-    )
-    sides = f"run '{log.run.name}' ({len(ids)}) and run '{other.run.name}' ({len(other_ids)})"
-    if len(common) < 4:
-        raise MismatchError(
-            f"{sides} share {len(common)} example ids in '{log.source}'; expected at least 4"
-        )
-    partial = len(common) < max(len(ids), len(other_ids))
-    messages = [f"CKA on the {len(common)} examples that {sides} share"] if partial else []
-    order = np.argsort(rows)  # Keep the order of the first side.
-    return rows[order], other_rows[order], messages
-
-
 def _features_of(log: MeasureLog) -> str:
     """Say what was compared: flattened or pooled feature maps, and from which store."""
     stores = sorted({field for _, field in log.streams} - set(BESIDE.values()))
@@ -337,10 +306,3 @@ def _features_of(log: MeasureLog) -> str:
 
 def _estimator(unbiased: bool) -> str:
     return "unbiased" if unbiased else "biased"
-
-
-def _no_ids(log: MeasureLog) -> str:
-    return (
-        f"'{log.source}' in run '{log.run.name}' records no example ids: "
-        "its examples cannot be matched"
-    )

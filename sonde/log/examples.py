@@ -45,6 +45,13 @@ class Examples:
         own = [share.record.part.read(share.record.row, ID) for share in shares]
         return own[0] if len(own) == 1 else merge_ids(own)[0]
 
+    def facts_at(self, step: int) -> dict[str, Any]:
+        """Return what the source of a recorded step says of itself, such as digests of inputs."""
+        for share in self._records[step]:
+            if self._source in share.writer.tables:
+                return share.writer.tables[self._source].attributes
+        return {}
+
     def join(
         self, step: int, arrays: Sequence[npt.NDArray[Any]], dims: tuple[str, ...]
     ) -> npt.NDArray[Any]:

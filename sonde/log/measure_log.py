@@ -107,6 +107,16 @@ class MeasureLog:
             return self.array("target", step)
         return self.targets
 
+    def source_facts(self, step: int = -1) -> dict[str, Any]:
+        """Return what the source says of its examples: their number, digests of ids and inputs.
+
+        Where `ids` is "positions", no ids were given to the probe. Empty for a training.
+
+        Raises:
+            StepNotFoundError: If the step was not recorded.
+        """
+        return self._examples.facts_at(self.resolve_step(step))
+
     @property
     def num_bytes(self) -> int:
         """The bytes of all arrays of all records."""

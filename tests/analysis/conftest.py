@@ -22,6 +22,7 @@ def _write(
     records: Mapping[int, list[LogArray]],
     table: list[LogArray],
     attributes: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Run:
     path.mkdir()
     described = {"measure": measure, "source": "probe", "features": "flattened"}
@@ -30,7 +31,7 @@ def _write(
     if measure == "example_gradients":
         writer.note("coverage", 0, measure=measure, source="probe", parameters=COVERAGE)
     if table:
-        writer.add_table("probe", table)
+        writer.add_table("probe", table, facts)
     for step, arrays in records.items():
         assert writer.append(measure, "probe", step, arrays, attributes)
     writer.close()
@@ -51,6 +52,30 @@ def activations_run(
         table = [] if ids is None else [LogArray("id", ids.astype(np.int64), ("example",))]
         records = {step: _grams(layers) for step, layers in grams.items()}
         return _write(tmp_path / name, "activations", records, table)
+
+    return write
+
+
+@pytest.fixture
+def probed_run(tmp_path: Path) -> Callable[..., Run]:
+    """Write a run with the activations of a probe of 8 examples, and what it says of itself."""
+
+    def write(
+        name: str,
+        targets: Array | None = None,
+        example_ids: Array | None = None,
+        kind: str | None = None,
+        **facts: str,
+    ) -> Run:
+        if kind is not None:
+            facts["ids"] = kind
+        columns = {"id": np.arange(8) if example_ids is None else example_ids}
+        if targets is not None:
+            columns["target"] = targets
+        table = [LogArray(field, values, ("example",)) for field, values in columns.items()]
+        features = np.random.default_rng(0).standard_normal((8, 3))
+        records = {0: _grams({"fc": features @ features.T})}
+        return _write(tmp_path / name, "activations", records, table, facts=facts)
 
     return write
 

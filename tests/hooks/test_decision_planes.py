@@ -150,6 +150,7 @@ def test_the_digest_tells_other_planes_apart(examples: Tensor, classes: Tensor) 
         ({"triplets": [[0, 1]]}, r"expected \[triplets, 3\]"),
         ({"triplets": 0}, r"`triplets` \(=0\) must be >= 1"),
         ({"ids": range(5)}, r"`ids` has shape \(5,\); expected one integer for each of the 30"),
+        ({"ids": np.full(30, 2**64 - 1, np.uint64)}, "the log holds ids as int64"),
         ({"batch_size": 0}, r"`batch_size` \(=0\) must be >= 1"),
         ({"resolution": 1}, r"`resolution` \(=1\) must be >= 2"),
         ({"population": "all"}, "must be 'distinct', 'any' or 'same'"),

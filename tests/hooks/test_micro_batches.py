@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,13 +205,22 @@ def test_a_negative_number_of_examples_is_refused(tmp_path: Path) -> None:
             recorder.batch(num_real=-1)
 
 
-def test_wrong_ids_are_refused_without_ending_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2]], "`ids` has shape"),
+        (np.array([1, 2**64 - 1], dtype=np.uint64), "`ids` holds 18446744073709551615; the log"),
+    ],
+)
+def test_wrong_ids_are_refused_without_ending_the_training(
+    tmp_path: Path, ids: Any, message: str
+) -> None:
     model, data = Net(), batches(1)
 
     def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
-        recorder.batch(ids=[[1, 2]])
+        recorder.batch(ids=ids)
         plain_loop(model, data)(recorder, optimizer)
 
-    with pytest.warns(UserWarning, match=r"recorder.batch\(\) is ignored: `ids` has shape"):
+    with pytest.warns(UserWarning, match=rf"recorder.batch\(\) is ignored: {message}"):
         run = record(tmp_path, model, [activations()], loop, on_error="warn")
     assert run.steps("activations") == [0]

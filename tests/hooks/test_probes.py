@@ -3,18 +3,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
 from sonde.hooks.probes import undisturbed
+from sonde.log.inputs import same_inputs
 
 
 class Noisy(TensorDataset):
@@ -228,3 +230,65 @@ def test_a_dataset_that_is_not_held_is_read_the_same_each_time(
 def test_tensors_cannot_be_read_again(images: Tensor) -> None:
     with pytest.raises(InvalidInputError, match="`in_memory=False` needs a dataset"):
         Probe(images, in_memory=False)
+
+
+class Rows(Dataset[Any]):
+    """A dataset of the given items."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def _time_first(rows: list[Any]) -> tuple[Tensor, Tensor]:
+    return torch.stack([row for row, _ in rows], 1), torch.zeros(len(rows))
+
+
+@pytest.mark.parametrize("kind", ["one tensor", "two tensors", "time first"])
+def test_digests_do_not_depend_on_how_examples_are_read(kind: str) -> None:
+    x = torch.arange(42.0).reshape(7, 6)
+    items: list[Any] = [((row, 2 * row), 0) if kind == "two tensors" else (row, 0) for row in x]
+    source: Any = Rows(items)
+    batch_dim = 0
+    if kind == "time first":
+        source = DataLoader(source, collate_fn=_time_first)
+        batch_dim = 1
+    probes = [
+        Probe(source, batch_dim=batch_dim),
+        Probe(source, batch_dim=batch_dim, in_memory=False, batch_size=3),
+        Probe(source, batch_dim=batch_dim, in_memory=False, batch_size=7),
+    ]
+    facts = [probe.describe() for probe in probes]
+    assert [same_inputs(facts[0], other) for other in facts[1:]] == [True, True]
+
+
+def test_a_digest_read_in_batches_tells_other_inputs_apart() -> None:
+    x = torch.arange(42.0).reshape(7, 6)
+    facts = [
+        Probe(TensorDataset(values, x), in_memory=False, batch_size=3).describe()
+        for values in (x, x + 1)
+    ]
+    assert same_inputs(*facts) is False
+
+
+def test_a_probe_says_that_its_ids_are_positions() -> None:
+    x = torch.ones(4, 2)
+    subset = Subset(TensorDataset(x, x), [3, 1])
+    kinds = [p.describe().get("ids") for p in (Probe(x), Probe(x, ids=[3, 1, 4, 2]), Probe(subset))]
+    assert kinds == ["positions", None, None]
+
+
+def test_ids_that_int64_cannot_hold_are_refused() -> None:
+    ids = np.array([1, 2**64 - 1], dtype=np.uint64)
+    with pytest.raises(InvalidInputError, match=r"`ids` holds 18446744073709551615; the log holds"):
+        Probe(torch.ones(2, 2), ids=ids)
+
+
+def test_large_ids_that_int64_holds_are_kept() -> None:
+    probe = Probe(torch.ones(1, 2), ids=np.array([2**63 - 1], dtype=np.uint64))
+    assert probe.ids.tolist() == [2**63 - 1]

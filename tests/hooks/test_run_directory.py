@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sonde
 from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
@@ -242,3 +243,29 @@ def test_other_examples_or_measures_are_not_mixed_into_a_run(
         make(images * 2)
     with pytest.raises(MismatchError, match="was recorded with other measures"):
         make(images, store=sonde.Sketch(4))
+
+
+def test_digests_of_batches_of_another_size_do_not_end_a_run(tmp_path: Path) -> None:
+    x, y = torch.arange(8.0).reshape(4, 2), torch.zeros(4, 3)
+
+    def make(x: Tensor, batch_size: int) -> sonde.Recorder:
+        items = TensorDataset(x, y)
+        loader = DataLoader(items, batch_size, collate_fn=_two_inputs)
+        probe = sonde.Probe(loader, in_memory=False)
+        measure = sonde.Activations(probe, "", store=sonde.Gram())
+        return sonde.Recorder(tmp_path / "run", _Sum(), [measure], resume=True)
+
+    make(x, 2).close()
+    make(x, 3).close()
+    with pytest.raises(MismatchError, match=r"other examples as 'probe' \(input_digest"):
+        make(x + 1, 3)
+
+
+def _two_inputs(rows: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    x = torch.stack([row for row, _ in rows])
+    return (x, 2 * x), torch.zeros(len(rows))
+
+
+class _Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
