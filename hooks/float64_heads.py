@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .class_losses import are_classes, class_loss_of_call
+from .class_losses import ClassLoss, are_classes, class_loss_of_call
 from .recomputed import recomputed
 from .taps import map_tensors
 
@@ -108,6 +108,8 @@ class Float64Heads(TorchFunctionMode):
 
     Attributes:
         refusal: Why a loss was given the outputs as they are; None if it takes float64.
+        class_losses: Of each cross entropy, by the operation that made it: the options, the losses
+            of the positions and their targets.
     """
 
     def __init__(self, *, promotes: bool = False) -> None:
@@ -116,6 +118,7 @@ class Float64Heads(TorchFunctionMode):
         self._again: dict[int, _Again] = {}
         self._num_bytes = 0
         self.refusal: str | None = None
+        self.class_losses: dict[Any, tuple[ClassLoss, Tensor, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -187,7 +190,10 @@ class Float64Heads(TorchFunctionMode):
                 assert isinstance(target, Tensor)
                 logits = given if is_dear else self.wide(given)
                 losses = options.of_positions(logits, target)
-                return options.reduced(losses, target).to(given.dtype)
+                value = options.reduced(losses, target).to(given.dtype)
+                if value.grad_fn is not None:
+                    self.class_losses[value.grad_fn] = (options, losses, target)
+                return value
         elif is_dear and func in _WITH_LOGITS:
             return _with_logits(*args, **named)
         elif is_dear and args and not named.get("dtype") and given.ndim > 1:

@@ -78,13 +78,27 @@ def describe_examples(
     if of_gradients:
         factors = [micro_batch.factor() for micro_batch in micro_batches]
         known = [float(factor) for factor in factors if factor is not None]
-        attributes["scale"] = (
-            "gradient of one example's loss, not divided by the number of examples"
-            if len(known) == len(factors)
-            else "unknown: as it came back; give recorder.batch(loss=…)"
-        )
+        attributes["scale"] = _scale_of(micro_batches, is_known=len(known) == len(factors))
         attributes["factors"] = known
     return arrays, attributes
+
+
+def _scale_of(micro_batches: list[MicroBatch], *, is_known: bool) -> str:
+    """Return what a row is, in words.
+
+    Where the loss divides by labelled tokens, class weights or a mask, or couples the examples, its
+    contribution to the gradient of the batch is all that a row is known to be.
+    """
+    if not is_known:
+        return "unknown: as it came back; give recorder.batch(loss=…)"
+    batches = [one.batch for one in micro_batches if one.batch is not None]
+    if all(batch.is_of_examples for batch in batches):
+        return "gradient of one example's loss, not divided by the number of examples"
+    times = ", × n, its number of examples" if batches[0].reduction == "mean" else ""
+    return (
+        f"contribution to the batch's loss{times}; the loss is not shown to be the "
+        f"{batches[0].reduction} of the examples' own losses"
+    )
 
 
 def _duplicates(micro_batches: list[MicroBatch]) -> list[LogArray]:

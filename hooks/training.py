@@ -22,6 +22,7 @@ from . import own_work
 from .arrivals import Arrivals
 from .batch_axes import BatchAxes
 from .example_ids import as_int64
+from .gradients.loss_graphs import shown_loss
 from .probes import run_eagerly
 from .sharding import has_sharded_parameters
 from .taps import add_hook, is_recomputing, tensor_leaves
@@ -59,6 +60,7 @@ class Batch:
         divided_by: What the loss was divided by already when it was told.
         num_real: How many of the examples count; the others only fill up the batch.
         scale: The gradient that arrived at the loss: what it was multiplied with on the way.
+        is_of_examples: The loss is seen to be made of the examples' own losses as `reduction` says.
     """
 
     ids: npt.NDArray[np.int64] | None = None
@@ -67,6 +69,7 @@ class Batch:
     divided_by: float = 1
     num_real: int | None = None
     scale: Tensor | None = None
+    is_of_examples: bool = False
 
     @property
     def num_examples(self) -> int | None:
@@ -285,6 +288,10 @@ class TrainingStep:
         else:
             self._told, self._is_apart = batch, True
         if loss is not None and loss.requires_grad:
+            shown = shown_loss(loss)
+            batch.is_of_examples = shown is not None and shown.is_of_examples(
+                batch.reduction, batch.divided_by
+            )
             loss.register_hook(lambda gradient: setattr(batch, "scale", gradient.detach().clone()))
 
     def take_back(self, batch: Batch) -> None:

@@ -23,10 +23,12 @@ from sonde.hooks.losses import Loss, example_losses
 from sonde.hooks.probes import Inputs, call
 from sonde.hooks.taps import tensor_leaves
 
+from .coupled_losses import couples
 from .factor_sums import summed
 from .factors import Dense, Factor
 from .held_parameters import GatheredValues, HeldParameters
 from .layouts import UnsupportedError, reason_of
+from .loss_graphs import shown_loss
 from .operations import Operation, Use
 from .parameter_uses import ParameterUses
 from .saturation import Logits
@@ -48,6 +50,9 @@ class BatchGradients:
         ambiguous: The parameters for which sizes do not tell where the examples are.
         are_saturated: Which examples float32 would have saturated, [examples]; None if not known.
         head: The precision of the losses.
+        shares: What rows were multiplied by to be those of the examples' own losses, [examples]; of
+            a model that returns its loss, and None where its graph does not show how it is made.
+        couples: The loss is seen to couple the examples.
     """
 
     num_examples: int
@@ -58,6 +63,8 @@ class BatchGradients:
     ambiguous: set[nn.Parameter] = field(default_factory=set)
     are_saturated: Tensor | None = None
     head: str = FLOAT64
+    shares: Tensor | None = None
+    couples: bool = False
 
 
 def batch_gradients(
@@ -70,6 +77,8 @@ def batch_gradients(
     held: HeldParameters,
     choices: Mapping[nn.Parameter, int] | None = None,
     output_axes: OutputAxes | None = None,
+    *,
+    holds_loss: bool = False,
 ) -> BatchGradients:
     """Compute the per-example gradients of a batch.
 
@@ -83,6 +92,7 @@ def batch_gradients(
         held: What stands for the parameters of the model.
         choices: Which of `layouts.ORDERS` decides where the examples are, by parameter; else 0.
         output_axes: Tells where the examples are; by default along the first axis.
+        holds_loss: See whether the loss couples the examples, which evaluates it once more.
 
     Raises:
         InvalidInputError: If the loss is no scalar, or the outputs have no row per example.
@@ -105,16 +115,24 @@ def batch_gradients(
             outputs = call(model, inputs)
         if uses.error is not None:
             raise uses.error
-        total, losses = _loss_of(loss, outputs, targets, num_examples, output_axes, heads)
+        total, losses, shares = _loss_of(loss, outputs, targets, num_examples, output_axes, heads)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
         axes = output_axes or OutputAxes(ExampleAxes())
         # Where nothing else needs to know where the examples are, the model is not run for it.
         axes = axes if loss is not None else OutputAxes(axes.inputs)
+        is_coupled = False
+        if holds_loss and loss is not None and losses is not None:
+            is_coupled = couples(loss, outputs, targets, losses, axes, heads)
         logits = Logits(outputs, num_examples, axes, heads)
         ends = [*known, *logits.edges] if known else []
         found = list(torch.autograd.grad(total, ends, allow_unused=True)) if ends else []
     result = BatchGradients(
-        num_examples, couplings=uses.couplings, losses=losses, ambiguous=uses.ambiguous
+        num_examples,
+        couplings=uses.couplings,
+        losses=None if losses is None else losses.detach(),
+        ambiguous=uses.ambiguous,
+        shares=shares,
+        couples=is_coupled,
     )
     result.are_saturated = logits.are_saturated(found[len(known) :])
     del found[len(known) :]
@@ -217,12 +235,22 @@ def _loss_of(
     num_examples: int,
     output_axes: OutputAxes | None,
     heads: Float64Heads,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the sum of the examples' losses, and each of them where it is known."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the sum of the examples' losses, and each of them where it is known.
+
+    Of a model that returns its loss, return what gradients are multiplied by on their way, too.
+    """
     if loss is None:
-        return loss_of_model(outputs) * num_examples, None
+        value = loss_of_model(outputs)
+        shown = shown_loss(value, heads)
+        # What a loss is divided by otherwise may depend on the examples, too.
+        is_known = shown is not None and shown.scale == 1
+        shares = shown.shares(num_examples) if shown is not None and is_known else None
+        if shown is not None and shares is not None and bool((shares != 1).any()):
+            shown.apply(shares)
+        return value * num_examples, None, shares
     losses = example_losses(loss, outputs, targets, num_examples, output_axes, heads)
-    return losses.sum(), losses.detach()
+    return losses.sum(), losses, None
 
 
 def _at_parameters(use: Use, factor: Factor) -> list[tuple[nn.Parameter, Factor]]:

@@ -32,7 +32,8 @@ from sonde.hooks.small_runs import seen_by
 from sonde.hooks.stores import Full, Gram, Sketch, Store
 
 from .batches import BatchGradients, batch_gradients
-from .checks import differing
+from .checks import differing, weighing
+from .coupled_losses import COUPLED
 from .factor_sums import joined
 from .factors import Factor
 from .fallback import fallback_gradients
@@ -308,10 +309,11 @@ class _Evaluation:
                 self._saturated[rows.start] = batch.are_saturated
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
             remaining = self._check(verdict, batch, examples, remaining)
+        # No gradient of an example is there to be found.
+        self._unsupported |= {n: why for n, why in problems.items() if why.startswith(COUPLED)}
         others = [p for p in group if p.name in problems and p.name not in self._unsupported]
         self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
-        for parameter in others:
-            found.pop(parameter, None)
+        found = {p: factor for p, factor in found.items() if p.name not in problems}
         if others:
             found.update(self._fall_back(examples, others))
         return found
@@ -355,6 +357,7 @@ class _Evaluation:
             self._held,
             choices,
             self._output_axes[at],
+            holds_loss=not verdict.checked,
         )
 
     def _check(
@@ -366,11 +369,10 @@ class _Evaluation:
     ) -> list[OwnedParameter]:
         """Note problems; return the parameters whose examples may be at another place."""
         reasons = dict(batch.problems)
-        unchecked = [
-            p for p in parameters if p.tensor in batch.factors and p.name not in verdict.checked
-        ]
-        if unchecked:
-            reasons |= self._differing(examples, batch, unchecked)
+        if batch.couples:
+            reasons = dict.fromkeys((parameter.tensor for parameter in parameters), COUPLED)
+        else:
+            reasons |= self._differing_in(examples, verdict, batch, parameters)
         again = []
         for parameter in parameters:
             choice = verdict.choices.get(parameter.name, 0) + 1
@@ -382,6 +384,34 @@ class _Evaluation:
             else:
                 verdict.problems[parameter.name] = reasons[parameter.tensor]
         return again
+
+    def _differing_in(
+        self,
+        examples: GivenExamples,
+        verdict: Verdict,
+        batch: BatchGradients,
+        parameters: Sequence[OwnedParameter],
+    ) -> dict[nn.Parameter, str]:
+        """Return which gradients by rules differ from those of examples alone.
+
+        What examples weigh in a model's own loss is held in every batch, as values decide it.
+        """
+        given = [p for p in parameters if p.tensor in batch.factors]
+        unchecked = [p for p in given if p.name not in verdict.checked]
+        if self._loss is None and batch.shares is not None and bool((batch.shares != 1).any()):
+            unchecked = given
+        differ = self._differing(examples, batch, unchecked) if unchecked else {}
+        if self._loss is not None or batch.shares is not None or not given:
+            return differ
+        decided = [reason for tensor, reason in differ.items() if tensor not in batch.ambiguous]
+        if decided:
+            # Part of the loss may couple the examples; it is not known which parameters it reaches.
+            return dict.fromkeys((p.tensor for p in given), decided[0]) | differ
+        start = examples.rows.start
+        others = [p for p in given if p.tensor not in differ]
+        if others and not differ:
+            return weighing(self._model, examples.probe, start, batch, others, self._held)
+        return differ
 
     def _differing(
         self, examples: GivenExamples, batch: BatchGradients, parameters: Sequence[OwnedParameter]

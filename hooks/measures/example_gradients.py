@@ -53,6 +53,10 @@ class ExampleGradients(LayerMeasure):
     scale is divided out, and the ids. The sum over examples is held against the gradient of each
     parameter as it arrives, before it is accumulated or clipped: `sum_check` in the record. Where
     BatchNorm couples examples, a row is the contribution of its example, and the record says so.
+    A row is the gradient of its example's own loss, as on a probe, only where the graph of the loss
+    shows that: a plain cross entropy, squared error or the like, right at the outputs. A loss that
+    class weights, ignored targets or masks divide, or that couples the examples, gives rows that
+    are contributions to the batch's loss, times n if it is a mean; `scale` in the record says so.
 
     Args:
         source: The examples: a `Probe`, what one takes, or `TRAINING`.
