@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .example_axes import batch_axis
+from .model_states import MadeParametersError
 from .precision import as_outside
 from .probes import device_of, undisturbed
 from .sharding import has_sharded_parameters
@@ -99,6 +100,9 @@ class BatchAxes:
             ):
                 warnings.simplefilter("ignore")  # The model's own come with its next pass.
                 model(*map_tensors(args, shorten), **map_tensors(kwargs, shorten))
+        except MadeParametersError:
+            self._small_size = 0  # A later pass can be looked at.
+            self._small_shapes.clear()
         except Exception as error:
             self.problem = f"it fails on {rows} examples: {type(error).__name__}: {error}"
             self._small_shapes.clear()

@@ -13,6 +13,7 @@ from torch import nn
 
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
+from .model_states import MadeParametersError
 from .optimizer_steps import weights_seen
 from .own_work import evaluating
 from .probe_precision import ProbePrecision
@@ -197,8 +198,7 @@ class DueMeasures:
         if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
             # A probe would be the first to run the model, and decide its initial weights.
             reason = "lazy layers have no parameters before the training's first forward pass"
-            self._log.note("missed", step, measures=[measure.name], reason=reason)
-            self._log.warn(f"{measure.name} was not taken at step {step}: {reason}")
+            self._miss(measure, step, reason)
             return
         self._taken_at[measure] = step
         try:
@@ -207,6 +207,9 @@ class DueMeasures:
             if measure.source != TRAINING.name:
                 self._state_weights(recording, step)
             self._write(measure, recording, step)
+        except MadeParametersError as reason:
+            del self._taken_at[measure]
+            self._miss(measure, step, str(reason))
         except Exception as error:  # Training is sacred: whatever fails here must not end it.
             self._fail(measure, error, step)
         self._log.warn_of_trouble()
@@ -226,6 +229,11 @@ class DueMeasures:
             if not self._log.has_warned(reason):
                 self._log.note("weights", step, reason=reason)
             self._log.warn(reason)
+
+    def _miss(self, measure: Measure, step: int, reason: str) -> None:
+        """Say why a measure that is due cannot be taken as yet."""
+        self._log.note("missed", step, measures=[measure.name], reason=reason)
+        self._log.warn(f"{measure.name} was not taken at step {step}: {reason}")
 
     def _write(self, measure: Measure, recording: Recording, step: int) -> None:
         if measure not in self._silent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,33 +12,51 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sonde.exceptions import SondeWarning
+from sonde.exceptions import SondeError, SondeWarning
+
+from .kept_tensors import KeptTensor, can_be_kept, fingerprint
+from .sharding import has_sharded_parameters
 
 _Generator: TypeAlias = torch.Generator | np.random.Generator | random.Random
 
-# Tensors that a pass was seen to change in place, beside buffers: only these are copied ahead.
+# Tensors beside buffers that a pass has changed: they are copied before each pass.
 _changing = WeakTensorKeyDictionary()
+# Tensors that a pass has left as they were: of them only the version is looked at again.
+_steady = WeakTensorKeyDictionary()
+# So many bytes of tensors that no pass has been seen to leave alone are copied before it. Of larger
+# models only a sum over the others is kept, so that a first pass does not double their memory.
+_FIRST_COPY_BYTES = 64 << 20
 
 # What every module has beside what its class gives it: hooks, parameters, buffers, modules.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OWN_TABLES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, dict, set)
+
+
+class MadeParametersError(SondeError, RuntimeError):
+    """A pass made parameters that the training has not made yet; they are gone again."""
 
 
 class _Watched(NamedTuple):
-    """A tensor of a module, which passes should not change in place."""
+    """A tensor of a module that is not copied, and what tells whether it has changed."""
 
     module: nn.Module
     name: str
     tensor: Tensor
     version: int | None
+    fingerprint: Tensor | None
 
 
 class ModelState:
     """What a pass may change, as it is now.
 
-    Modes, buffers, generators and whatever else modules hold by name are put back; so is what is
-    in their lists, dicts and sets, but not what other objects hold. A parameter, or another tensor,
-    that is changed in place cannot be, the first time: a warning names it, and from then on it is
-    copied ahead.
+    Modes, buffers, hooks, submodules, generators and whatever else modules hold by name are put
+    back; so is what is in their lists, dicts and sets, but not what other objects hold. What a
+    pass adds goes as a whole: a flag together with the hooks that it stands for.
+
+    Buffers are always copied. Parameters and other tensors are copied before the first pass, up to
+    64 MiB of them, and from then on if that pass changed them. What it changed beyond that is
+    named by a warning, because it cannot be put back this once.
 
     Args:
         model: The model; no forward pass of it may be under way.
@@ -51,20 +68,27 @@ class ModelState:
         others = (torch.jit.ScriptModule, LazyModuleMixin)
         self._modes = {module: module.training for module in modules}
         self._names = {m: dict(vars(m)) for m in modules if not isinstance(m, others)}
-        self._buffers = {module: dict(module._buffers) for module in self._names}
+        self._tables = {m: [dict(vars(m)[name]) for name in _OWN_TABLES] for m in self._names}
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[_Generator, Any]] = []
-        self._watched: list[_Watched] = []
+        self._tensors: dict[Tensor, tuple[nn.Module, str]] = {}
+        # With sharded parameters modules hold other tensors during a pass, which come and go.
+        self._is_sharded = has_sharded_parameters(model)
         for module in modules:
             for name, parameter in module._parameters.items():
-                self._watch(module, name, parameter)
+                self._take(module, name, parameter)
         for module, names in self._names.items():
-            for name in names.keys() - _OF_EVERY_MODULE:
-                self._take(module, name, names[name])
-        self._copies = {
-            tensor: (_version_of(tensor), tensor.detach().clone())
-            for tensor in self._changeable(modules)
+            for name, value in names.items():
+                if name not in _OWN_TABLES:
+                    self._take(module, name, value)
+        self._kept = {
+            buffer: KeptTensor(buffer)
+            for module in modules
+            for buffer in module._buffers.values()
+            if buffer is not None and can_be_kept(buffer)
         }
+        self._watched: list[_Watched] = []
+        self._keep_or_watch()
 
     def evaluate(self) -> None:
         """Put all modules into eval mode. Not by `eval`, which a model may override."""
@@ -74,15 +98,15 @@ class ModelState:
             elif mode:
                 module.training = False
 
-    def restore(self) -> None:
-        """Put back what has changed."""
+    def restore(self) -> list[str]:
+        """Put back what has changed; return the names of parameters that were made meanwhile."""
+        made = []
         for module, names in self._names.items():
             own = vars(module)
             for name in own.keys() - names.keys():
                 del own[name]
             own.update(names)
-            # A module may bind a new tensor to a buffer's name, instead of changing it.
-            module._buffers.update(self._buffers[module])
+            made += self._restore_tables(module)
         for module, mode in self._modes.items():
             if module.training is not mode:
                 module.training = mode
@@ -92,47 +116,77 @@ class ModelState:
         for generator, state in self._generators:
             _set_state(generator, state)
         with torch.no_grad():
-            for tensor, (version, copy) in self._copies.items():
-                if _version_of(tensor) != version:
-                    # Through .data, as a graph of the user's may have saved this tensor.
-                    tensor.data.copy_(copy)
+            for tensor, kept in self._kept.items():
+                if kept.restore() and tensor in self._tensors:
+                    _changing[tensor] = True
+                elif tensor in self._tensors and tensor not in _changing:
+                    _steady[tensor] = True
         self._warn_of_changed()  # Last, as it may raise.
+        return made
 
-    def _watch(self, module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            self._watched.append(_Watched(module, name, tensor, _version_of(tensor)))
+    def _restore_tables(self, module: nn.Module) -> list[str]:
+        """Put back what a module owns; return the names of parameters that were made."""
+        parameters, buffers, modules = self._tables[module]
+        made = [name for name in module._parameters.keys() - parameters.keys()]
+        for name in made:
+            del module._parameters[name]
+        for name in module._modules.keys() - modules.keys():
+            new = module._modules.pop(name)
+            made += [] if new is None else [f"{name}.{p}" for p, _ in new.named_parameters()]
+        # A module may bind a new tensor to a buffer's name, instead of changing it.
+        for table, before in ((module._buffers, buffers), (module._modules, modules)):
+            for name in table.keys() - before.keys():
+                del table[name]
+            table.update(before)
+        return made
 
     def _take(self, module: nn.Module, name: str, value: Any) -> None:
         """Note what an attribute holds, where passes may change that."""
         if isinstance(value, Tensor):
-            self._watch(module, name, value)
+            self._tensors.setdefault(value, (module, name))
         elif isinstance(value, _Generator):
             self._generators.append((value, _state_of(value)))
-        elif type(value) in (list, dict, set):
+        elif isinstance(value, dict) if name in _OF_EVERY_MODULE else type(value) in _CONTAINERS:
             self._contents.append((value, value.copy()))
+            for item in value.values() if isinstance(value, dict) else value:
+                if isinstance(item, Tensor):
+                    self._tensors.setdefault(item, (module, name))
 
-    def _changeable(self, modules: list[nn.Module]) -> Iterator[Tensor]:
-        """Yield what passes change in place."""
-        for module in modules:
-            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-            # An embedding with max_norm rescales its weight.
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-                yield module.weight
-        if _changing:
-            yield from (one.tensor for one in self._watched if one.tensor in _changing)
+    def _keep_or_watch(self) -> None:
+        """Copy tensors that passes may change, the small ones first; watch the others."""
+        free_bytes = 0 if self._is_sharded else _FIRST_COPY_BYTES
+        for tensor in sorted(self._tensors, key=_num_bytes):
+            if tensor in self._kept:
+                continue
+            is_new = can_be_kept(tensor) and tensor not in _steady
+            if is_new and (tensor in _changing or tensor.nbytes <= free_bytes):
+                free_bytes -= 0 if tensor in _changing else tensor.nbytes
+                self._kept[tensor] = KeptTensor(tensor)
+                continue
+            mark = fingerprint(tensor) if is_new and not self._is_sharded else None
+            place = self._tensors[tensor]
+            self._watched.append(_Watched(*place, tensor, _version_of(tensor), mark))
 
     def _warn_of_changed(self) -> None:
-        for module, name, tensor, version in self._watched:
-            if _version_of(tensor) == version or tensor in self._copies:
+        for module, name, tensor, version, mark in self._watched:
+            is_same = mark is None or bool(fingerprint(tensor) == mark)
+            if is_same and _version_of(tensor) == version:
+                if mark is not None:
+                    _steady[tensor] = True
                 continue
             _changing[tensor] = True
+            _steady.pop(tensor, None)
             warnings.warn(
-                f"sonde: the forward pass changed `{name}` of {type(module).__name__} in place, in "
-                "eval mode, too, which is not put back this once, and is from now on; a buffer "
-                "always is",
+                f"sonde: the forward pass modifies `{name}` of {type(module).__name__} in place "
+                "even in eval mode. This change could not be undone; from now on sonde restores "
+                "it. (Buffers are always restored.)",
                 SondeWarning,
                 stacklevel=2,
             )
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes if tensor.layout is torch.strided else 0
 
 
 def _version_of(tensor: Tensor) -> int | None:

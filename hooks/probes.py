@@ -22,7 +22,7 @@ from .datasets import DatasetRows
 from .digests import ExamplesDigest, digest, input_digest
 from .example_axes import ExampleAxes
 from .example_ids import as_int64
-from .model_states import ModelState
+from .model_states import MadeParametersError, ModelState
 from .own_work import evaluating
 from .precision import full_precision, without_autocast
 from .random_states import RandomStates
@@ -281,9 +281,14 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
 
     Yields:
         What seeds again, so that an example gets the same numbers however often a model is run.
+
+    Raises:
+        MadeParametersError: If the pass made parameters: they were drawn here, so they are not
+            those of the training, and are gone again.
     """
     state = ModelState(model)
     random_states = RandomStates()
+    made: list[str] = []
     try:
         state.evaluate()
         random_states.seed()
@@ -299,7 +304,12 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
     finally:
         random_states.restore()
         let_go_of_gathered(model)
-        state.restore()
+        made = state.restore()
+    if made:
+        raise MadeParametersError(
+            f"the model makes parameters in its first forward pass ({', '.join(made[:5])}), and "
+            "the training has not run it yet; run it once first"
+        )
 
 
 def run_eagerly() -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 
 from .example_axes import ExampleAxes
+from .model_states import MadeParametersError
 from .probes import Inputs, call, undisturbed
 from .taps import tensor_leaves, tensor_paths
 
@@ -166,7 +168,7 @@ def check_outputs(model: nn.Module, inputs: Inputs, check: Callable[[Any], objec
     """
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         return
-    with undisturbed(model), torch.no_grad():
+    with suppress(MadeParametersError), undisturbed(model), torch.no_grad():
         try:
             returned = call(model, inputs)
         except Exception:  # The model may not be ready to run.

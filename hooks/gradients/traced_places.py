@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.model_states import MadeParametersError
 from sonde.hooks.precision import as_outside
 from sonde.hooks.probes import undisturbed
 from sonde.hooks.taps import map_tensors, tensor_leaves
@@ -66,8 +67,8 @@ class TraceError(Exception):
     """A model cannot be traced; the text says why."""
 
 
-class AlikeError(TraceError):
-    """The examples of a batch are alike, so that to exchange them shows nothing."""
+class NotYetError(TraceError):
+    """This batch shows nothing, but a later one may."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def trace_of(
     """Return what was traced before for such arguments, or trace them.
 
     Raises:
-        AlikeError: If the examples of this batch are alike.
+        NotYetError: If it is not possible as yet.
         TraceError: If that is not possible.
     """
     given = _signature((args, dict(kwargs)), size, batch_dim)
@@ -116,7 +117,7 @@ def trace_of(
         seen.pop(next(iter(seen)))
     try:
         trace = _trace(model, wanted, args, kwargs, size, batch_dim)
-    except AlikeError:  # Those of the next batch may not be.
+    except NotYetError:
         raise
     except TraceError as error:
         seen[key] = str(error)
@@ -156,7 +157,7 @@ def _trace(
         batch_dim: The axis of its inputs that holds them.
 
     Raises:
-        AlikeError: If the examples are alike.
+        NotYetError: If the examples are alike, or the model has not made its parameters.
         TraceError: If nothing it is called with holds the examples, it fails on a few of them, or
             it couples them, so that all rows change.
     """
@@ -206,6 +207,8 @@ def _trace(
         of_all = seen(size, halves)
     except TraceError:
         raise
+    except MadeParametersError as error:
+        raise NotYetError(str(error)) from error
     except Exception as error:
         raise TraceError(f"it fails on some of its examples: {reason_of(error)}") from error
     places = {
@@ -219,14 +222,14 @@ def _unlike(held: Sequence[Tensor], example: int, batch_dim: int) -> int:
     """Return another example that differs from one; from the end, so that it is none of the first.
 
     Raises:
-        AlikeError: If a few of them are no others; most batches have no two that are alike.
+        NotYetError: If a few of them are no others; most batches have no two that are alike.
     """
     size = held[0].shape[batch_dim]
     for other in reversed(range(max(0, size - _NUM_COMPARED), size)):
         pairs = [(t.select(batch_dim, example), t.select(batch_dim, other)) for t in held]
         if not all(torch.equal(one, another) for one, another in pairs):
             return other
-    raise AlikeError("its examples are alike")
+    raise NotYetError("its examples are alike")
 
 
 def _few(tensor: Tensor, size: int, batch_dim: int) -> Tensor:

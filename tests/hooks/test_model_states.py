@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
+from sonde.hooks import model_states
+from sonde.hooks.kept_tensors import KeptTensor
 
 
 class Stateful(nn.Module):
@@ -72,6 +75,55 @@ class Cached(nn.Module):
         self.losses.append(y.square().mean())
         self.sums["calls"] += 1
         return torch.as_tensor(y + self.state + 0.01 * self.sums["calls"])
+
+
+class Writing(nn.Module):
+    """Writes into a tensor of its own in each pass."""
+
+    count: Tensor
+    table: Tensor
+
+    def __init__(self, writes: str, *, is_parameter: bool = False) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+        self.writes = writes
+        if is_parameter:
+            self.count = nn.Parameter(torch.zeros(1), requires_grad=False)
+        else:
+            self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes in WRITES:
+            WRITES[self.writes](self.count)
+        return torch.as_tensor(self.mix(x) + self.count.sum())
+
+
+def _point_elsewhere(tensor: Tensor) -> None:
+    tensor.data = torch.cat([tensor, tensor]) + 1
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda tensor: tensor.add_(1),
+    ".data": lambda tensor: tensor.data.add_(1),
+    "by NumPy": lambda tensor: np.add(tensor.numpy(), 1, out=tensor.numpy()),
+    "detached": lambda tensor: tensor.detach().add_(1),
+    "other memory": _point_elsewhere,
+}
+
+
+class Growing(nn.Module):
+    """Makes a layer in its first pass."""
+
+    late: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(4, 4)
+        return torch.as_tensor(self.late(self.mix(x)))
 
 
 INPUTS = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
@@ -164,13 +216,86 @@ def test_attributes_that_a_pass_makes_are_gone_after_it() -> None:
     assert not hasattr(model, "latest")
 
 
-def test_a_parameter_that_passes_change_is_named_once_and_put_back_from_then_on() -> None:
+def test_a_parameter_that_passes_change_is_put_back_the_first_time() -> None:
     torch.manual_seed(0)
     model = Codebook()
-    with pytest.warns(sonde.SondeWarning, match="changed `codes` of Codebook in place"):
-        sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
     before = model.codes.clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    for _ in range(2):
         sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
-    assert torch.equal(model.codes, before)
+        assert torch.equal(model.codes, before)
+
+
+@pytest.mark.parametrize("writes", ["in place", ".data"])
+def test_what_is_too_large_to_copy_is_named_once_and_put_back_from_then_on(
+    writes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_states, "_FIRST_COPY_BYTES", 0)
+    model = Writing(writes, is_parameter=True)
+    with pytest.warns(sonde.SondeWarning, match="modifies `count` of Writing in place"):
+        sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    before = model.count.clone()
+    sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert torch.equal(model.count, before)
+
+
+@pytest.mark.parametrize("is_parameter", [False, True])
+@pytest.mark.parametrize("writes", [*WRITES])
+def test_no_way_of_writing_to_a_tensor_escapes(writes: str, is_parameter: bool) -> None:
+    model = Writing(writes, is_parameter=is_parameter)
+    before, memory = model.count.clone(), model.count.data_ptr()
+    sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert torch.equal(model.count, before)
+    assert model.count.data_ptr() == memory
+
+
+def test_tensors_in_lists_are_put_back() -> None:
+    model = Cached()
+    model.losses = [torch.zeros(2)]
+    kept = model.losses[0]
+
+    def add(*_: Any) -> None:
+        kept.add_(1)
+
+    model.register_forward_hook(add)
+    sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert len(model.losses) == 1
+    assert torch.equal(kept, torch.zeros(2))
+
+
+def test_memory_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "table.npy"
+    np.save(file, np.arange(4, dtype=np.float32))
+    model = Writing("not at all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of memory that is read-only.
+        model.register_buffer("table", torch.from_numpy(np.load(file, mmap_mode="r")))
+    sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert model.table.tolist() == [0, 1, 2, 3]
+
+
+def test_a_kept_tensor_gets_back_its_bits() -> None:
+    values = torch.tensor([0.0, -0.0, float("nan"), 1.0])
+    for tensor in (values.clone(), values.half(), values.to(torch.complex64), values > 0):
+        kept = KeptTensor(tensor)
+        before = tensor.numpy().tobytes()
+        assert not kept.restore()
+        tensor.data.copy_(tensor.flip(0))
+        assert kept.restore()
+        assert tensor.numpy().tobytes() == before
+
+
+def test_an_expanded_tensor_is_kept() -> None:
+    expanded = torch.zeros(3).expand(2, 3)
+    kept = KeptTensor(expanded)
+    expanded[0].add_(1)
+    assert kept.restore()
+    assert torch.equal(expanded, torch.zeros(2, 3))
+
+
+def test_what_a_pass_adds_goes_as_a_whole() -> None:
+    model = Growing()
+    with pytest.raises(sonde.SondeError, match=r"parameters in its first forward pass \(late"):
+        sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS)
+    assert [name for name, _ in model.named_modules()] == ["", "mix"]
+    model(INPUTS)
+    assert sonde.example_gradients(model, F.cross_entropy, INPUTS, TARGETS).norms.shape == (8,)
