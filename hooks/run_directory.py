@@ -1,4 +1,4 @@
-"""The run directory a recorder writes into: made, gone on with, or made anew."""
+"""The run directory that a recorder writes into: created, resumed or overwritten."""
 
 from __future__ import annotations
 

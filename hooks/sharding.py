@@ -61,7 +61,8 @@ class Shards:
         """Yield the rows of each batch of this rank; as many batches on every rank.
 
         Yields:
-            The rows, and whether they count. A batch that does not only keeps the others company.
+            The rows, and whether they count. A batch that does not count is padding: it keeps the
+            collective operations of all ranks in step.
         """
         start, end = self.bounds[self.rank], self.bounds[self.rank + 1]
         for offset in range(0, self.largest, self.batch_size):

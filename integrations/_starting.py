@@ -21,14 +21,14 @@ def start_recorder(
     optimizer: torch.optim.Optimizer | None,
     state: Mapping[str, Any] | None,  # Any: what `Recorder.state_dict` returned.
 ) -> Recorder:
-    """Make the recorder of a training that begins, or goes on from a checkpoint.
+    """Make the recorder for a training that starts, or resumes from a checkpoint.
 
     Args:
         config: What to record.
         model: The model.
         optimizer: The optimizer that really steps; None where steps are counted otherwise.
-        state: What the checkpoint holds of the recorder. With it the run is gone on with, whatever
-            the configuration says, or made where there is none.
+        state: The recorder's state from the checkpoint. If it is given, the run is resumed, whatever
+            the configuration says; where there is no run, it is created.
 
     Returns:
         The recorder.

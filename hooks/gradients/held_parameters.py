@@ -50,9 +50,9 @@ class HeldParameters:
 
 
 class GatheredValues:
-    """Lets the values of sharded parameters be there, those of one module that shards at a time.
+    """Gathers sharded parameters, one FSDP module at a time.
 
-    Entered, it gathers what it is asked for; all ranks have to ask for the same.
+    All ranks have to ask for the same parameters, in the same order.
 
     Args:
         model: The model, while no pass of it runs.
@@ -63,7 +63,7 @@ class GatheredValues:
         self._gathered: list[Any] = []
 
     def gather(self, owners: Iterable[nn.Parameter]) -> None:
-        """Let the values of some parameters of the model be there, and no others."""
+        """Gather some of the model's parameters, and release all others."""
         if not self._shards_of:
             return
         wanted = list(dict.fromkeys(self._shards_of[p] for p in owners if p in self._shards_of))

@@ -15,7 +15,7 @@ from .factors import Factor
 
 Result = TypeVar("Result")
 
-# An Any, as most rules know that there is one, and of which output.
+# Any instead of Tensor | None: a rule knows which of the gradients it needs are there.
 Deltas: TypeAlias = Sequence[Any]
 """The gradients with respect to the outputs of an operation; None where none came back."""
 

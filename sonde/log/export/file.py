@@ -1,4 +1,4 @@
-"""What closes an exported run off, by which it is told from other files and known to be whole."""
+"""The trailer of an exported file: it marks the file as an export, and as complete."""
 
 from __future__ import annotations
 
