@@ -26,9 +26,10 @@ class _Arrival(Generic[_Part]):
     Attributes:
         parts: What it came from.
         before: Whether the parameter's gradient had an entry that is not zero, on the device; None
-            where it was None, True where that does not matter.
+            where it was None, True where nothing came before.
         own: The same of this one alone.
         version: That of the parameter.
+        has_changed: The parameter has changed since the arrival before.
         is_accumulated: It was added to the parameter's gradient.
     """
 
@@ -36,6 +37,7 @@ class _Arrival(Generic[_Part]):
     before: Tensor | bool | None
     own: Tensor | None
     version: int
+    has_changed: bool = False
     is_accumulated: bool = False
 
 
@@ -54,11 +56,10 @@ class Arrivals(Generic[_Part]):
             parts: What it comes from.
         """
         earlier = self._accumulated(parameter)
-        before: Tensor | bool | None = True
-        # Of weights that have changed meanwhile, another optimizer has used it.
-        if earlier and earlier[-1].version == parameter._version:
-            before = _has_any(parameter.grad)
-        arrival = _Arrival(parts, before, _has_any(gradient), parameter._version)
+        before: Tensor | bool | None = _has_any(parameter.grad) if earlier else True
+        has_changed = bool(earlier) and earlier[-1].version != parameter._version
+        own = _has_any(gradient)
+        arrival = _Arrival(parts, before, own, parameter._version, has_changed)
         self._arrivals[parameter] = [*earlier, arrival]
 
     def note_accumulated(self, parameter: nn.Parameter) -> None:
@@ -86,7 +87,10 @@ class Arrivals(Generic[_Part]):
             parts: list[_Part] = []
             had_any = False
             for arrival in of_parameter:
-                if _is_lost(arrival.before, had_any, known):
+                # Weights that changed meanwhile were updated by another optimizer, which has used
+                # the gradient; but not those that the attached one is still to update.
+                is_used = arrival.has_changed and parameter not in updated
+                if not is_used and _is_lost(arrival.before, had_any, known):
                     parts, had_any = [], False
                 parts += arrival.parts
                 had_any = had_any or known[id(arrival.own)]

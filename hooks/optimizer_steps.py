@@ -64,6 +64,11 @@ def _num_running(optimizers: tuple[torch.optim.Optimizer, ...]) -> int:
     return num_running
 
 
+def is_updating(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Tell whether this thread is within `step` of one of these optimizers."""
+    return _num_running(tuple(optimizers)) > 0
+
+
 class AttachedOptimizer:
     """An optimizer whose updates are counted.
 

@@ -23,6 +23,7 @@ from .arrivals import Arrivals
 from .batch_axes import BatchAxes
 from .example_ids import as_int64
 from .gradients.loss_graphs import shown_loss
+from .optimizer_steps import is_updating
 from .probes import run_eagerly
 from .sharding import has_sharded_parameters
 from .taps import add_hook, is_recomputing, tensor_leaves
@@ -128,8 +129,8 @@ class TrainingStep:
     """Observes the passes of one training step, from when it is made until `stop`.
 
     Passes without gradients, such as those of a validation, are left out; so are those after the
-    weights have changed, as an optimizer that evaluates its closure again makes them; and those
-    whose gradients are gone when the optimizer steps.
+    weights have changed within the optimizer's step, as one that evaluates its closure again makes
+    them; and those whose gradients are gone when the optimizer steps.
 
     Args:
         model: The model, without wrappers.
@@ -371,8 +372,12 @@ class TrainingStep:
             # Only now: before, a model is prepared, or a checkpoint is loaded into it.
             self._versions = self._parameter_versions()
         if self._has_changed():
-            self.num_late_passes += 1
-            return None
+            if not self._optimizers or is_updating(self._optimizers):
+                self.num_late_passes += 1
+                return None
+            # Something else has moved the weights, as sharpness-aware minimization does. If what
+            # came before is thrown away, its gradients are gone at the step.
+            self._versions = self._parameter_versions()
         micro_batch = MicroBatch(size)
         if told is not None:
             self._attach(micro_batch, told)
@@ -389,18 +394,21 @@ class TrainingStep:
                 self._stack.callback(added.remove)
 
     def _on_arrival(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
-        if gradient is None or own_work.depth():
+        if gradient is None or own_work.depth() or not self.observes():
             return
         try:
             arriving = self.arriving()
-            if arriving:
+            # Late passes are of no record, but their gradients may be all that the step will use.
+            if arriving or self.num_late_passes:
                 with own_work.within, torch.no_grad():
                     self._arrivals.add(parameter, gradient, arriving)
         except Exception as error:
             self.error = error
 
     def _on_accumulated(self, parameter: Tensor) -> None:
-        if self.arriving() and not own_work.depth():
+        if own_work.depth() or not self.observes():
+            return
+        if self.arriving() or self.num_late_passes:
             self._arrivals.note_accumulated(parameter)  # type: ignore[arg-type] # it is one
 
     def _parameter_versions(self) -> dict[nn.Parameter, int]:

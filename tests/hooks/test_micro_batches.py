@@ -170,8 +170,9 @@ def test_micro_batches_of_a_lazy_model_and_of_weights_that_change(tmp_path: Path
     run = record(tmp_path, model, [activations()], loop)
     assert run.activations.attributes(0)["micro_batches"] == [NUM_EXAMPLES] * 2
     assert "late_passes" not in run.activations.attributes(0)
-    assert run.activations.attributes(1)["micro_batches"] == [NUM_EXAMPLES]
-    assert run.activations.attributes(1)["late_passes"] == 1
+    # Both reach the step, whatever has moved the weights between them.
+    assert run.activations.attributes(1)["micro_batches"] == [NUM_EXAMPLES] * 2
+    assert "late_passes" not in run.activations.attributes(1)
 
 
 def test_examples_that_only_fill_up_a_batch_are_marked(tmp_path: Path) -> None:
