@@ -27,8 +27,8 @@ def start_recorder(
         config: What to record.
         model: The model.
         optimizer: The optimizer that really steps; None where steps are counted otherwise.
-        state: The recorder's state from the checkpoint. If it is given, the run is resumed, whatever
-            the configuration says; where there is no run, it is created.
+        state: The recorder's state from the checkpoint. If it is given, the run is resumed,
+            whatever the configuration says; where there is no run, it is created.
 
     Returns:
         The recorder.

@@ -337,22 +337,24 @@ def test_a_first_pass_that_only_moves_the_weights_is_dropped(tmp_path: Path, to_
     """Sharpness-aware minimization by hand, with its inner optimizer attached."""
     model = make_model()
     loop = Loop(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loop.backward(1)
+    moves = [0.05 * p.grad for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        for parameter, move in zip(model.parameters(), moves, strict=True):
+            parameter.add_(move)
+    zero(loop, to_none)
+    expected = loop_gram(model, 2)
+    loop.backward(2)
+    with torch.no_grad():
+        for parameter, move in zip(model.parameters(), moves, strict=True):
+            parameter.sub_(move)
     with pytest.warns(SondeWarning, match=GONE):
-        loop.backward(1)
-        moves = [0.05 * p.grad for p in model.parameters() if p.grad is not None]
-        with torch.no_grad():
-            for parameter, move in zip(model.parameters(), moves, strict=True):
-                parameter.add_(move)
-        zero(loop, to_none)
-        expected = loop_gram(model, 2)
-        loop.backward(2)
-        with torch.no_grad():
-            for parameter, move in zip(model.parameters(), moves, strict=True):
-                parameter.sub_(move)
         loop.optimizer.step()
     loop.close()
     run = sonde.open_run(tmp_path / "run")
     log = run["example_gradients", "training"]
-    assert log.ids_at(0).tolist() == list(range(20, 20 + N))
+    ids = log.ids_at(0)
+    assert ids is not None
+    assert ids.tolist() == list(range(20, 20 + N))
     assert log.attributes(0)["dropped"] == {GONE: 1}
     assert torch.allclose(torch.from_numpy(log.gram(0)), expected, rtol=1e-4, atol=1e-7)
