@@ -60,13 +60,10 @@ def with_zeroed_gradients(training: Training) -> None:
 
 
 def by_sam(training: Training) -> None:
-    """The gradient at the weights of a step moves them, and that of a second pass updates them.
-
-    A record is of the first, at the weights that the step has; the second is a late pass.
-    """
+    """The gradient of a first pass moves the weights; that of a second one, there, updates them."""
     for step in range(NUM_STEPS):
         training.forward(training.batch(step)).backward()
-        counted = list(training.counted)
+        training.forget()
         before = [p.detach().clone() for p in training.model.parameters()]
         with torch.no_grad():
             for parameter in training.model.parameters():
@@ -74,7 +71,6 @@ def by_sam(training: Training) -> None:
                 parameter.add_(0.3 * parameter.grad)
         training.optimizer.zero_grad()
         training.forward(training.batch(step)).backward()
-        training.counted = counted
         with torch.no_grad():
             for parameter, value in zip(training.model.parameters(), before, strict=True):
                 parameter.copy_(value)
