@@ -70,11 +70,11 @@ class BatchAxes:
         if self._small_size or self.problem or not size or size < 2:
             return
         if has_sharded_parameters(model):
-            # Another rank may have another number of examples, and not come along.
-            self.problem = "a pass of a model with sharded parameters takes all ranks"
+            # Another rank may have another number of examples, and not run the model now.
+            self.problem = "running a sharded model needs all ranks"
             return
         if not all(_is_plain(value) for value in (*args, *kwargs.values())):
-            self.problem = "its arguments hold objects that a second pass might change"
+            self.problem = "its arguments contain objects that a second pass might change"
             return
         self._small_size = 2 if size > 2 else 1
         rows = self._small_size

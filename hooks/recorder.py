@@ -302,24 +302,24 @@ class Recorder:
         divided_by: float = 1,
         num_real: int | None = None,
     ) -> BatchContext:
-        """Tell of a micro-batch what only the loop knows, for the measures of the training itself.
+        """Describe the current micro-batch: its ids, targets and loss, for measures of TRAINING.
 
         Call it between the forward pass and the backward pass; or put both into it, as in
-        `with recorder.batch(ids=ids):`, and give the loss by another call inside. Without it,
-        examples are known by their order of arrival alone, and gradients are recorded as they come
-        back. Where nothing is due it does nothing.
+        `with recorder.batch(ids=ids):`, and pass the loss by another call inside. Without it,
+        examples are known only by their order of arrival, and gradients are recorded as they
+        arrive. Where nothing is due it does nothing.
 
         Args:
             ids: One integer per example, the same in every epoch and on every rank.
             targets: One target per example, to be recorded with them.
-            loss: The loss of this micro-batch, a tensor with one element on the way to what
-                `backward` is called on. What multiplies it there is divided out of gradients.
-            reduction: How it is made of the losses of the examples: their `mean` or `sum`.
-            divided_by: What it was divided by already, as some trainers divide it by the number of
-                accumulated micro-batches before they show it.
-            num_real: How many of the examples count, from the first on, where the others are copies
-                that only fill up the batch, so that all ranks have as many; the record has
-                `is_duplicate` then.
+            loss: The loss of this micro-batch, a tensor with one element; `backward` is called on
+                it, or on something computed from it. Factors applied after it, such as a loss
+                scale, are divided out of the recorded gradients.
+            reduction: Whether the loss is the `mean` or the `sum` of the examples' losses.
+            divided_by: What the loss was divided by already; some trainers divide it by the number
+                of accumulated micro-batches first.
+            num_real: How many of the examples count, from the first on. The others are copies that
+                give all ranks batches of equal size; the record marks them by `is_duplicate`.
 
         Returns:
             A context manager; it need not be used as one.
@@ -337,7 +337,7 @@ class Recorder:
 
     @property
     def is_observing(self) -> bool:
-        """Whether the training's passes are recorded now, so that `batch` has somebody to tell."""
+        """Whether the training's passes are recorded now, so that `batch` has an effect."""
         step = self._due.live_step
         return step is not None and not step.is_paused
 

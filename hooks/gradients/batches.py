@@ -1,8 +1,8 @@
 """Per-example gradients of one batch: a forward and a backward pass, and a rule per operation.
 
 Only the gradients with respect to the outputs of operations are computed, none of a parameter
-itself, and no `.grad` is touched. What is computed from parameters alone, such as a parametrized
-weight, takes its gradients on to the parameters.
+itself, and no `.grad` is touched. Where a value is computed from parameters alone, such as a
+parametrized weight, its gradient is back-propagated to the parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums of the per-example gradients of a step, held against the gradients of the training."""
+"""The sums of a step's per-example gradients, compared with the training's gradients."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _HALF_TOLERANCE = 5e-2
 # On a GPU a float32 gradient may have been multiplied in TF32, which keeps 10 bits.
 _GPU_TOLERANCE = 1e-2
 _ROUNDING = 1e-2
+
+_FAILED = "the per-example gradients do not add up to the gradient"
 
 
 @dataclass(frozen=True)
@@ -77,30 +79,40 @@ class SumChecks:
         for parameter, check in self._each():
             distance, norm = float(check.distance), float(check.norm)
             allowed = check.tolerance * (norm + _ROUNDING * total)
-            # Where the training has diverged both are no numbers, and nothing can be compared.
-            if not distance <= allowed and norm == norm:
-                failed[parameter] = (
-                    "the per-example gradients do not add up to the gradient: the difference "
-                    f"has {distance / norm if norm else distance:.2g} of its norm"
-                )
+            # Nothing can be compared with a gradient that is not finite, as of a diverged training.
+            if math.isfinite(norm) and not distance <= allowed:
+                failed[parameter] = f"{_FAILED}: {_size_of(distance, norm)}"
         return failed
 
     def describe(self) -> dict[str, float] | str:
         """Return what a record says of them."""
         if not self._checks:
             return "no gradient of a parameter was seen"
+        compared = [one for one in self._each() if math.isfinite(one[1].norm)]
+        if not compared:
+            return "no gradient of a parameter was finite"
         total = self._total()
-        worst = max(float(check.distance) for _, check in self._each())
+        worst = max(float(check.distance) for _, check in compared)
         return {
-            "parameters": len(self._checks),
+            "parameters": len({parameter for parameter, _ in compared}),
             "largest_difference": worst / total if total else worst,
         }
 
     def _total(self) -> float:
-        """Return the norm of all gradients."""
-        return math.sqrt(sum(float(check.norm) ** 2 for _, check in self._each()))
+        """Return the norm of all gradients that are finite."""
+        norms = [float(check.norm) for _, check in self._each()]
+        return math.hypot(*(norm for norm in norms if math.isfinite(norm)))
 
     def _each(self) -> Iterator[tuple[nn.Parameter, _Check]]:
         for parameter, checks in self._checks.items():
             for check in checks:
                 yield parameter, check
+
+
+def _size_of(distance: float, norm: float) -> str:
+    """Say how far a sum is from a gradient of a norm, which is finite."""
+    if not math.isfinite(distance):
+        return "their sum is not finite, but the gradient is"
+    if not norm:
+        return f"the gradient is zero, but their sum has norm {distance:.2g}"
+    return f"the difference has {100 * distance / norm:.2g} % of the gradient's norm"

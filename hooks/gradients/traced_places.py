@@ -1,9 +1,9 @@
-"""Traced places: which rows of an operation's output are whose, as an exchanged example shows.
+"""Traced places: find each example's rows in an operation's output by swapping examples.
 
-Sizes do not tell whether 12 rows are 3 of each of 4 examples, one behind the other, or in turn, or
-in an order of their own; and the sum over all examples is right in any case. So a model is run on a
-few examples of a batch, and again with each of them exchanged for another: the rows that change are
-its rows.
+Sizes alone do not show how 12 rows belong to 4 examples: 3 consecutive rows each, in turn, or in
+some other order; and the sum over all examples is right in any case. So the model is run on a few
+examples of a batch, and again with each of them replaced by another: the rows that change belong to
+that example.
 """
 
 from __future__ import annotations

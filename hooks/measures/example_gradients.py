@@ -65,8 +65,9 @@ class ExampleGradients(LayerMeasure):
         layers: Only parameters of these layers; None takes all.
         store: The form kept: `Gram()`, `Sketch(dim)` or `Full()`.
         per_layer: Record each layer's matrix too, not only the sum.
-        memory: How many bytes `Gram` may hold of all examples. What does not fit takes another pass
-            over a probe; of the training it lacks steps of several micro-batches.
+        memory: How many bytes of all examples' gradients `Gram` may hold. Where a probe needs more,
+            another pass is run over it. A training's passes cannot be run again, so there a
+            parameter that needs more is left out of steps with several micro-batches.
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
@@ -95,7 +96,7 @@ class ExampleGradients(LayerMeasure):
             )
         if loss is not None and self.training is not None:
             raise InvalidInputError(
-                "the training has a loss of its own; leave `loss` out, and tell of it by "
+                "the training computes its own loss; leave `loss` out, and pass that loss to "
                 "recorder.batch(loss=…)"
             )
         if self.probe is not None and self.probe.targets is None and loss is not None:
