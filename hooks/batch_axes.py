@@ -6,7 +6,6 @@ on fewer examples; the batch axis is the one that has become as short.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,13 +91,11 @@ class BatchAxes:
         autocast = as_outside(device_of(model).type)
         try:
             with (
-                warnings.catch_warnings(),
                 undisturbed(model),
                 torch.no_grad(),
                 autocast,
                 tapped(self._layers, on_call),
             ):
-                warnings.simplefilter("ignore")  # The model's own come with its next pass.
                 model(*map_tensors(args, shorten), **map_tensors(kwargs, shorten))
         except MadeParametersError:
             self._small_size = 0  # A later pass can be looked at.

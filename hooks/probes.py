@@ -23,6 +23,7 @@ from .digests import ExamplesDigest, digest, input_digest
 from .example_axes import ExampleAxes
 from .example_ids import as_int64
 from .model_states import MadeParametersError, ModelState
+from .own_warnings import without_warnings
 from .own_work import evaluating
 from .precision import full_precision, without_autocast
 from .random_states import RandomStates
@@ -299,6 +300,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
             full_precision(),
             run_eagerly(),
             _layer_by_layer(),
+            without_warnings(),  # The model gives them in the training, too.
         ):
             yield random_states
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from sonde.hooks.example_axes import ExampleAxes
 from sonde.hooks.float64_heads import Float64Heads
 from sonde.hooks.losses import Loss, example_loss
+from sonde.hooks.own_warnings import without_warnings
 from sonde.hooks.probes import Inputs, call, map_inputs
 
 from .batches import loss_of_model
@@ -68,9 +68,7 @@ def fallback_gradients(
         chunk_size=max(1, min(num_examples, _CHUNK_BYTES // max(1, row_bytes))),
     )
     try:
-        with warnings.catch_warnings():
-            # A slow path within vmap is still a path.
-            warnings.simplefilter("ignore")
+        with without_warnings(of_torch=True):  # A slow path within vmap is still a path.
             gradients = transformed(values, inputs, targets)
     except Exception as error:  # Whatever a model does that cannot be transformed is the reason.
         raise UnsupportedError(f"torch.func fails: {reason_of(error)}") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from sonde.hooks.own_warnings import without_warnings
 
 from .factors import Dense, Factor
 from .layouts import Deltas, Layout, Place, UnsupportedError, Weight, row_axis_of, widened
@@ -61,9 +62,8 @@ def replayed(
         given = [by_example(deltas[at]) for at in reached]
         rows = [by_example(x.detach()) if is_batched(x) else x.detach() for x in leaves]
         dims = [0 if is_batched(x) else None for x in leaves]
-        with warnings.catch_warnings(), torch.enable_grad():
-            # A slow path within vmap is still a path.
-            warnings.simplefilter("ignore")
+        # A slow path within vmap is still a path.
+        with without_warnings(of_torch=True), torch.enable_grad():
             values = torch.vmap(gradient, (0, dims))(given, rows)
         return Dense(widened(values.detach()))
 

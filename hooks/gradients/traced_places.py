@@ -8,7 +8,6 @@ that example.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -265,8 +264,7 @@ def _run(
         for parameter in {parameter for use in operation.uses for parameter in use.parameters}:
             found[parameter].append(made)
 
-    with warnings.catch_warnings(), undisturbed(model), torch.no_grad(), autocast:
-        warnings.simplefilter("ignore")  # The model's own come with its next pass.
+    with undisturbed(model), torch.no_grad(), autocast:
         held = HeldParameters(model)
         uses = ParameterUses(model, wanted, take, num_examples, held, needs_graph=False)
         with uses:
