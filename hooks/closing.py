@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import builtins
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
+
+from sonde.log.endings import why_ended
 
 # How long a process that was told to terminate may take to write what is queued.
 _TERMINATION_SECONDS = 5.0
@@ -35,8 +39,8 @@ def register(closable: Closable) -> None:
         _open.clear()
         _pid = os.getpid()
     if not _open:
-        atexit.unregister(_close_all)
-        atexit.register(_close_all, "exit", None)
+        atexit.unregister(_close_at_exit)
+        atexit.register(_close_at_exit)
     _open[id(closable)] = closable
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -48,7 +52,7 @@ def forget(closable: Closable) -> None:
     _open.pop(id(closable), None)
     if _open:
         return
-    atexit.unregister(_close_all)
+    atexit.unregister(_close_at_exit)
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGTERM) is _on_termination:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -57,6 +61,14 @@ def forget(closable: Closable) -> None:
 def still_open() -> list[Closable]:
     """Return what was registered and not closed yet."""
     return list(_open.values())
+
+
+def _close_at_exit() -> None:
+    """Close, and say of which exception the process ends, if it does."""
+    error = getattr(sys, "last_value", None)
+    # An interactive session has shown that of any earlier line, and went on.
+    is_interactive = hasattr(sys, "ps1") or hasattr(builtins, "__IPYTHON__")
+    _close_all("exit" if error is None or is_interactive else why_ended(error), None)
 
 
 def _close_all(reason: str, timeout: float | None) -> None:

@@ -239,4 +239,4 @@ def _section(out: Console, title: str, lines: Sequence[str]) -> None:
 def _state(facts: Facts) -> Any:  # Any: a rich Text, which is imported where it is made.
     from rich.text import Text
 
-    return Text(facts["state"], style=_STATE_STYLES.get(facts["state"], ""))
+    return Text(facts["state"], style=_STATE_STYLES.get(facts["state"], "yellow"))

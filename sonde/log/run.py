@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
 
 from .damage import Damage
+from .endings import state_after
 from .examples import Examples
 from .export.reader import ExportedRun
 from .layout import read_run_file
@@ -121,13 +122,17 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`recording` while a process writes, `finished` if it closed, else `interrupted`."""
+        """What became of it: `recording` while a process writes, `finished` if it was closed.
+
+        Otherwise `interrupted`, by a user or a kill, or what ended the training, such as
+        `ended by ValueError`.
+        """
         if any(writer.is_live for writer in self._writers):
             return "recording"
         last = max((writer.attempt for writer in self._writers), default=-1)
         final = [writer for writer in self._writers if writer.attempt == last]
-        ended = [any(event["kind"] == "end" for event in w.events) for w in final]
-        return "finished" if ended and all(ended) else "interrupted"
+        ends = [[e for e in writer.events if e["kind"] == "end"] for writer in final]
+        return state_after(str(end[-1].get("reason", "closed")) if end else None for end in ends)
 
     @property
     def attempts(self) -> list[dict[str, Any]]:

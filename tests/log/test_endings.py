@@ -147,6 +147,16 @@ ENDINGS: dict[str, tuple[End, int]] = {
 }
 """What a process may live to close: how it ends, and with which status."""
 
+STATES = {
+    "exception": "ended by RuntimeError",
+    "KeyboardInterrupt": "interrupted",
+    "SIGINT": "interrupted",
+    "SIGTERM": "ended by SIGTERM",
+    "SIGTERM while closing": "finished",
+    "SIGTERM handled and handed on": "ended by SIGTERM",
+}
+"""What the run is called afterwards, where that is not `finished`."""
+
 SEALED = {"return", "exit", "exception", "SIGINT"}
 
 KILLS: dict[str, tuple[End, int]] = {
@@ -192,7 +202,7 @@ def test_whatever_was_recorded_is_there_after_every_ending(
     assert (recorded.status, recorded.warnings) == (ENDINGS[ending][1], [])
     assert not is_full or recorded == launch(end, ending, "")
     run = assert_intact(run_path, range(NUM_STEPS + 1))
-    assert (run.state, run.damage, run.notes) == ("finished", [], [])
+    assert (run.state, run.damage, run.notes) == (STATES.get(ending, "finished"), [], [])
     assert len(journals_of(run_path)) == (0 if ending in SEALED else 1)
     counts["endings: the log is closed"] += 1
 
