@@ -18,6 +18,7 @@ from torch import nn
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogWriter
 from sonde.log.appender import Sync
+from sonde.log.endings import why_ended
 
 from . import closing
 from .before_training import check_arguments, check_size, describe, describe_attempt, prepare
@@ -28,7 +29,7 @@ from .measures.base import Measure, Subject
 from .measures.scalars import latest_numbers
 from .optimizer_steps import AttachedOptimizer, SkippedUpdates
 from .record_log import RecordLog
-from .run_directory import create_run
+from .run_directory import created_run, free_path
 from .schedule import Schedule, log_spaced
 from .select import unwrap
 from .training import Batch, BatchContext, make_batch
@@ -44,7 +45,8 @@ class Recorder:
     it earlier, and has to where no optimizer is attached.
 
     Args:
-        path: The run directory; it must not hold a run yet.
+        path: The run directory; it must not hold a run yet in which something is recorded. Where
+            another recorder of this process uses it, as in a notebook, `path-2` is taken.
         model: The model that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
         measures: What to record.
         when: The schedule of measures that have none; by default log-spaced, for ever.
@@ -120,18 +122,24 @@ class Recorder:
         }
         if resume and overwrite:
             raise InvalidInputError("give `resume` or `overwrite`, not both")
+        is_alone = num_ranks == 1
+        self.path = free_path(self.path, is_alone=is_alone, resume=resume, overwrite=overwrite)
         description = describe(self.path, measures, self._when, self._subject.model, config)
-        writer = LogWriter(
-            self.path,
-            attempt=create_run(self.path, description, rank, resume=resume, overwrite=overwrite),
-            rank=rank,
-            about=describe_attempt(
-                num_ranks, resume=resume, records_nothing=len(silent) == len(measures)
-            ),
-            sync=sync,
-            queue_bytes=queue_bytes,
-            block=block,
+        about = describe_attempt(
+            num_ranks, resume=resume, records_nothing=len(silent) == len(measures)
         )
+        with created_run(
+            self.path, description, rank, resume=resume, overwrite=overwrite
+        ) as attempt:
+            writer = LogWriter(
+                self.path,
+                attempt=attempt,
+                rank=rank,
+                about=about,
+                sync=sync,
+                queue_bytes=queue_bytes,
+                block=block,
+            )
         self._log = RecordLog(writer, is_start_stated=not resume)
         self._due = DueMeasures(
             measures, self._when, self._subject, self._log, silent=silent, on_error=on_error
@@ -435,7 +443,7 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close("closed" if kind is None else kind.__name__)
+        self.close(why_ended(error))
 
     def __repr__(self) -> str:
         names = ", ".join(f"{m.name} ({m.source})" for m in self._due.measures)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError, SondeWarning
+from sonde.exceptions import (
+    MismatchError,
+    RunExistsError,
+    RunNotFoundError,
+    SondeError,
+    SondeWarning,
+)
 from sonde.log.inputs import same_inputs
 from sonde.log.layout import (
     RUN_FILE,
@@ -17,6 +25,7 @@ from sonde.log.layout import (
     read_run_file,
     sync_folder,
     write_run_file,
+    writer_folder,
     writer_folders,
 )
 
@@ -28,6 +37,70 @@ _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
 
+@contextmanager
+def created_run(
+    path: Path, description: Mapping[str, Any], rank: int, *, resume: bool, overwrite: bool
+) -> Iterator[int]:
+    """Prepare a run directory as `create_run` does; an error within leaves nothing of it behind.
+
+    Args:
+        path: The run directory.
+        description: What `run.json` will hold.
+        rank: The rank of this process.
+        resume: Resume a run that is already there.
+        overwrite: Delete a run that is already there.
+
+    Yields:
+        The number of this attempt.
+
+    Raises:
+        SondeError: As `create_run` does.
+        OSError: If the directory cannot be written.
+    """
+    was_there, had_run = path.exists(), (path / RUN_FILE).exists()
+    attempt = None
+    try:
+        attempt = create_run(path, description, rank, resume=resume, overwrite=overwrite)
+        yield attempt
+    except BaseException:
+        with suppress(OSError):
+            if attempt is not None:
+                shutil.rmtree(writer_folder(path, attempt, rank), ignore_errors=True)
+                if rank == 0 and not (had_run and resume):
+                    (path / RUN_FILE).unlink(missing_ok=True)
+            if not was_there:
+                path.rmdir()  # Unless another rank has written into it.
+        raise
+
+
+def free_path(path: Path, *, is_alone: bool, resume: bool, overwrite: bool) -> Path:
+    """Return where to record: another directory where a recorder of this process uses this one.
+
+    In a notebook the recorder of an earlier try is still there when its cell is run again.
+
+    Args:
+        path: The run directory that is asked for.
+        is_alone: There is one rank only; several would have to agree.
+        resume: Resume a run that is already there.
+        overwrite: Delete a run that is already there.
+    """
+    is_used = any(other.path.resolve() == path.resolve() for other in closing.still_open())
+    if resume or overwrite or not is_alone or not is_used:
+        return path
+    free = next(
+        other
+        for number in itertools.count(2)
+        if not (other := path.with_name(f"{path.name}-{number}")).exists()
+    )
+    warnings.warn(
+        f"sonde: another recorder of this process records into {path}; this one records into "
+        f"{free}. To record in place of the other, give overwrite=True",
+        SondeWarning,
+        stacklevel=3,
+    )
+    return free
+
+
 def create_run(
     path: Path, description: Mapping[str, Any], rank: int, *, resume: bool, overwrite: bool
 ) -> int:
@@ -37,7 +110,7 @@ def create_run(
         path: The run directory.
         description: What `run.json` will hold.
         rank: The rank of this process.
-        resume: Go on with a run that is already there.
+        resume: Resume a run that is already there.
         overwrite: Delete a run that is already there.
 
     Returns:
@@ -55,7 +128,7 @@ def create_run(
         return _join_attempt(path, rank)
     exists = (path / RUN_FILE).exists()
     if exists:
-        if not resume and not overwrite:
+        if not resume and not overwrite and not _holds_nothing(path):
             raise RunExistsError(
                 f"{path} already holds a run; record into another directory, go on with it by "
                 "resume=True, or delete it by overwrite=True"
@@ -113,6 +186,18 @@ def _check_nobody_writes(path: Path) -> None:
             f"{path} is being written by another process; stop that training, or record into "
             "another directory"
         )
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Tell whether a run ended before anything was recorded, so that nothing is lost with it."""
+    from sonde.log import open_run  # It takes h5py, which a recorder does without.
+
+    try:
+        run = open_run(path)
+        is_live = any(is_being_written(folder) for _, _, folder in writer_folders(path))
+        return not (is_live or run.steps() or run.damage or run.unfinished)
+    except (SondeError, OSError):
+        return False
 
 
 def _delete_run(path: Path) -> None:

@@ -15,7 +15,9 @@ from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
 
 
-def tell_batches(recorder: Recorder, model: nn.Module, id_key: str | int) -> Callable[[], None]:
+def tell_batches(
+    recorder: Recorder | None, model: nn.Module, id_key: str | int
+) -> Callable[[], None]:
     """Tell a recorder the ids of every batch that a model is called with, before it is called.
 
     Ids are read from the model's keyword arguments, or from its first argument that is a mapping.
@@ -23,7 +25,7 @@ def tell_batches(recorder: Recorder, model: nn.Module, id_key: str | int) -> Cal
     is done only where a step of the training is recorded.
 
     Args:
-        recorder: The recorder.
+        recorder: The recorder; without one, ids are only taken out.
         model: The model as it is called, wrapped or not.
         id_key: Which entry holds one integer per example.
 
@@ -43,7 +45,8 @@ def tell_batches(recorder: Recorder, model: nn.Module, id_key: str | int) -> Cal
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        is_seen = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if recorder is not None and is_seen:
             tell_ids(recorder, (*args, kwargs), id_key)
         if is_accepted or id_key not in kwargs:
             return None

@@ -305,7 +305,7 @@ class Watch:
             what = "the recording ends" if self._recorder is not None else "nothing is recorded"
             tell(f"{what}, the script runs on: {error or type(error).__name__}")
             if self._recorder is not None:
-                self._recorder.close(type(error).__name__)
+                self._recorder.close(f"an error of sonde: {type(error).__name__}")
         finally:
             self._is_busy = False
 

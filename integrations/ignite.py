@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sonde.exceptions import MissingExtraError
 from sonde.hooks import Recorder
 from sonde.hooks.config import Config, as_config
+from sonde.log.endings import why_ended
 
 from ._batches import tell_ids
-from ._starting import guarded, start_recorder
+from ._starting import Trainings, guarded
 
 try:
     from ignite.engine import Engine, Events
@@ -64,6 +65,7 @@ class SondeHandler:
         self._model = model
         self._optimizer = optimizer
         self._loaded: Mapping[str, Any] | None = None
+        self._trainings = Trainings(self._config)
         self.recorder: Recorder | None = None
 
     def attach(self, engine: Engine) -> SondeHandler:
@@ -132,7 +134,9 @@ class SondeHandler:
         elif loaded is None:
             epoch = engine.state.epoch
             loaded = {"version": 1, "num_steps": engine.state.iteration, "num_epochs": epoch}
-        self.recorder = start_recorder(self._config, self._model, self._optimizer, loaded)
+        self.recorder = self._trainings.begin(self._model, self._optimizer, loaded)
+        if self.recorder is None:
+            return
         if loaded is not None and not was_recorded:
             self.recorder.warn(
                 "the checkpoint holds no state of the handler; steps are counted on from "
@@ -157,6 +161,7 @@ class SondeHandler:
             self.recorder.epoch()
 
     def _end(self, engine: Engine) -> None:
+        self._trainings.end()
         self.close()
 
     def _end_by_exception(self, engine: Engine, error: BaseException) -> None:
@@ -165,7 +170,7 @@ class SondeHandler:
         Raises:
             BaseException: That which was raised, if nobody else handles it.
         """
-        self.close(type(error).__name__)
+        self.close(why_ended(error))
         # Private, but an engine that has any handler of exceptions raises them no more.
         if len(engine._event_handlers[Events.EXCEPTION_RAISED]) == 1:
             raise error

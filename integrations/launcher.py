@@ -20,6 +20,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.log.endings import why_ended
 from sonde.log.layout import RUN_FILE
 
 if TYPE_CHECKING:
@@ -113,15 +114,20 @@ def run(launch: Launch) -> None:
         sys.modules["__main__"] = main
         exec(code, vars(main))
     except BaseException as error:
-        is_clean = isinstance(error, SystemExit) and error.code in (None, 0)
-        reason = "closed" if is_clean else type(error).__name__
+        reason = why_ended(error)
         _hide_our_frames(main)
         raise
     finally:
         for watch in watches:
             watch.finish(reason)
         if not watches:
-            tell("nothing was recorded: the script did not import torch")
+            tell(f"nothing was recorded: {_why_unwatched()}")
+
+
+def _why_unwatched() -> str:
+    if "torch" in sys.modules:
+        return "torch was imported in a way that cannot be seen"
+    return "the script did not import torch"
 
 
 def tell(message: str) -> None:
@@ -216,28 +222,44 @@ def _call_after_import(name: str, function: Callable[[], None]) -> None:
         function()
         return
 
-    class Finder(MetaPathFinder):
-        def find_spec(
-            self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-        ) -> ModuleSpec | None:
-            if fullname != name:
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            if spec is not None and spec.loader is not None:
-                _extend(spec.loader, function)
-            return spec
-
-    sys.meta_path.insert(0, Finder())
+    sys.meta_path.insert(0, _Finder(name, function))
 
 
-def _extend(loader: Any, function: Callable[[], None]) -> None:
-    """Let a loader call a function after it has executed its module."""
-    execute = loader.exec_module
+class _Finder(MetaPathFinder):
+    """Calls a function once a module has been executed; to ask where it is, executes nothing.
 
-    def execute_and_call(module: ModuleType) -> None:
-        del loader.exec_module
-        execute(module)
-        function()
+    Args:
+        name: The module.
+        function: What is called.
+    """
 
-    loader.exec_module = execute_and_call
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        self._name = name
+        self._function = function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the module as the other finders do, with a loader that tells of its execution."""
+        if fullname != self._name:
+            return None
+        for finder in [finder for finder in sys.meta_path if finder is not self]:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    self._extend(spec.loader)
+                return spec
+        return None
+
+    def _extend(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def execute_and_call(module: ModuleType) -> None:
+            del loader.exec_module
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            execute(module)
+            self._function()
+
+        loader.exec_module = execute_and_call

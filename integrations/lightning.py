@@ -12,9 +12,10 @@ from torch import Tensor
 from sonde.exceptions import MissingExtraError
 from sonde.hooks import Recorder
 from sonde.hooks.config import Config, as_config
+from sonde.log.endings import why_ended
 
 from ._batches import tell_ids
-from ._starting import guarded, start_recorder
+from ._starting import Trainings, guarded
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,6 +55,7 @@ class SondeCallback(Callback):
     def __init__(self, config: Config | str | os.PathLike[str], **options: Any) -> None:
         self._config = as_config(config, options)
         self._loaded: Mapping[str, Any] | None = None
+        self._trainings = Trainings(self._config)
         self.recorder: Recorder | None = None
 
     def close(self, reason: str = "closed") -> None:
@@ -62,11 +64,14 @@ class SondeCallback(Callback):
             self.recorder.close(reason)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the recorder; what is wrong with the arguments is raised here, before training."""
+        """Make the recorder; what is wrong with the arguments is raised before the first training.
+
+        A trainer that begins again is recorded again, and nothing is raised.
+        """
         self.close()
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         state = self._state(trainer)
-        self.recorder = start_recorder(self._config, pl_module, optimizer, state)
+        self.recorder = self._trainings.begin(pl_module, optimizer, state)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -116,11 +121,15 @@ class SondeCallback(Callback):
         """Note what the module has logged."""
         self._log_metrics(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the training came to its end."""
+        self._trainings.end()
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Close the run, and say in the log why."""
-        self.close(type(exception).__name__)
+        self.close(why_ended(exception))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the run."""

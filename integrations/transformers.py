@@ -16,7 +16,7 @@ from sonde.hooks.config import Config, as_config
 from sonde.hooks.taps import add_hook
 
 from ._batches import tell_batches
-from ._starting import guarded, start_recorder, stepping_optimizer
+from ._starting import Trainings, guarded, stepping_optimizer
 
 try:
     from transformers import TrainerCallback
@@ -67,6 +67,7 @@ class SondeCallback(TrainerCallback):
             raise InvalidInputError(
                 f"`id_key` (={self._config.id_key}) must be a name; batches are mappings here"
             )
+        self._trainings = Trainings(self._config)
         self.recorder: Recorder | None = None
         self._ends: list[Callable[[], None]] = []
         self._num_begun = 0
@@ -87,14 +88,18 @@ class SondeCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Make the recorder; what is wrong with the arguments is raised here, before training."""
+        """Make the recorder; what is wrong with the arguments is raised before the first training.
+
+        A trainer that begins again is recorded again, and nothing is raised.
+        """
         self.close()
         model = kwargs["model"]
-        self.recorder = start_recorder(
-            self._config, model, stepping_optimizer(kwargs["optimizer"]), _saved(state)
-        )
+        optimizer = stepping_optimizer(kwargs["optimizer"])
+        self.recorder = self._trainings.begin(model, optimizer, _saved(state))
         if self._config.id_key is not None:
             self._ends.append(tell_batches(self.recorder, model, self._config.id_key))
+        if self.recorder is None:
+            return
         if self._config.reduction is not None:
             self._ends.append(_tell_losses(self.recorder, model, self._config.reduction))
         if args.logging_nan_inf_filter:
@@ -176,6 +181,7 @@ class SondeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Close the run."""
+        self._trainings.end()
         self.close()
 
     def _count_epochs(self, state: TrainerState, at_least: int = 0) -> None:

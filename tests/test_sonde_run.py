@@ -140,6 +140,15 @@ def test_a_script_is_recorded_and_runs_as_without(
     assert verify_run(tmp_path / "run") == []
 
 
+STATES = {
+    "exit": "ended by SystemExit",
+    "message": "ended by SystemExit",
+    "error": "ended by RuntimeError",
+    "interrupt": "interrupted",
+    "terminated": "ended by SIGTERM",
+}
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
     [("exit", 7), ("message", 1), ("error", 1), ("interrupt", -2), ("terminated", -15)],
@@ -155,7 +164,7 @@ def test_a_script_ends_as_without(tmp_path: Path, how: str, code: int, is_full: 
     assert own == bare.stderr.splitlines()
     run = sonde.open_run(tmp_path / "runs" / "ending")
     assert run.steps("activations") == [0, 1, 2, 3]
-    assert run.state == "finished"
+    assert run.state == STATES[how]
 
 
 def test_a_model_that_cannot_be_recorded_runs_bare(tmp_path: Path) -> None:
@@ -313,3 +322,60 @@ def test_a_model_whose_inputs_make_no_probe_is_recorded_in_band(tmp_path: Path) 
     assert run.steps("activations") == [0, 1, 2]
     assert run.sources("activations") == ["training"]
     assert run.activations["fc"].gram(step=0).shape == (5, 5)
+
+
+PLAIN_LOOP = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(torch.randn(32, 8)), torch.randint(3, (32,))).backward()
+    optimizer.step()
+print(model.weight.sum().item().hex())
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import importlib.util\nassert importlib.util.find_spec('torch') is not None",
+        "import importlib.util\nfor _ in range(3): importlib.util.find_spec('torch').loader",
+        "import transformers",
+        "import datasets",
+        "import peft",
+    ],
+)
+def test_a_library_that_asks_for_torch_first_hides_no_training(
+    tmp_path: Path, first: str, is_full: bool
+) -> None:
+    library = first.rpartition("import ")[2]
+    if library in ("transformers", "datasets", "peft"):
+        if find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+        if not is_full:
+            pytest.skip("runs with --full")
+    (tmp_path / "loop.py").write_text(first + PLAIN_LOOP)
+    bare = run_python(["loop.py"], tmp_path)
+    ended = run_python(["-m", "sonde", "run", "loop.py"], tmp_path)
+    assert (ended.code, ended.stdout) == (0, bare.stdout)
+    assert sonde.open_run(tmp_path / "runs" / "loop").steps("activations") == [0, 1, 2, 3]
+
+
+def test_a_warning_of_the_script_appears_as_often_as_without(tmp_path: Path) -> None:
+    script = PLAIN_LOOP.replace("torch.nn.Linear(8, 3)", "Net()").replace(
+        "torch.manual_seed(0)",
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(8, 3)\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(torch.nn.functional.dropout2d(x, training=self.training))\n"
+        "torch.manual_seed(0)",
+    )
+    (tmp_path / "loop.py").write_text(script)
+    bare = run_python(["loop.py"], tmp_path)
+    ended = run_python(["-m", "sonde", "run", "loop.py"], tmp_path)
+    assert bare.stderr.count("dropout2d: Received") == 1
+    own = [line for line in ended.stderr.splitlines() if not line.startswith("sonde: ")]
+    assert own == bare.stderr.splitlines()

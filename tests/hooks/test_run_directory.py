@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sonde
-from sonde.exceptions import MismatchError, RunExistsError, RunNotFoundError
+from sonde.exceptions import (
+    InvalidInputError,
+    MismatchError,
+    RunExistsError,
+    RunNotFoundError,
+)
 from sonde.hooks import run_directory
 from sonde.log import LogWriter
 from sonde.log.layout import write_run_file, writer_folders
@@ -269,3 +274,60 @@ def _two_inputs(rows: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor
 class _Sum(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
+
+
+def record_flat(path: Path, images: Tensor, **options: Any) -> sonde.Recorder:
+    return sonde.Recorder(path, nn.Flatten(), [sonde.Predictions(sonde.Probe(images))], **options)
+
+
+def test_a_second_recorder_of_this_process_takes_another_directory(
+    tmp_path: Path, images: Tensor
+) -> None:
+    first = record_flat(tmp_path / "run", images)
+    with pytest.warns(sonde.SondeWarning, match=r"another recorder .* into .*run-2\. To record"):
+        second = record_flat(tmp_path / "run", images)
+    assert second.path == tmp_path / "run-2"
+    for recorder in (first, second):
+        recorder.measure()
+        recorder.close()
+    for name in ("run", "run-2"):
+        assert sonde.open_run(tmp_path / name).steps() == [0]
+
+
+@pytest.mark.parametrize("wrong", [{"sync": "never"}, {"queue_bytes": 0}])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_recorder_that_fails_leaves_nothing_behind(
+    tmp_path: Path, images: Tensor, wrong: dict[str, Any], is_there: bool
+) -> None:
+    path = tmp_path / "run"
+    if is_there:
+        path.mkdir()
+    with pytest.raises(InvalidInputError):
+        record_flat(path, images, **wrong)
+    assert (list(path.iterdir()) if is_there else path.exists()) in ([], False)
+    record_flat(path, images).close()
+
+
+def test_a_run_to_resume_stays_where_its_recorder_fails(tmp_path: Path, images: Tensor) -> None:
+    recorder = record_flat(tmp_path / "run", images)
+    recorder.measure()
+    recorder.close()
+    with pytest.raises(InvalidInputError):
+        record_flat(tmp_path / "run", images, resume=True, queue_bytes=0)
+    assert sonde.open_run(tmp_path / "run").steps() == [0]
+    assert attempts(tmp_path / "run") == [(0, 0)]
+
+
+def test_a_run_in_which_nothing_was_recorded_keeps_no_directory_occupied(
+    tmp_path: Path, images: Tensor
+) -> None:
+    recorder = record_flat(tmp_path / "run", images)
+    with pytest.raises(InvalidInputError, match=r"expected a torch\.optim\.Optimizer"):
+        recorder.attach(object())  # type: ignore[arg-type] # as a user may
+    recorder.close()
+    again = record_flat(tmp_path / "run", images)
+    again.measure()
+    again.close()
+    assert sonde.open_run(tmp_path / "run").steps() == [0]
+    with pytest.raises(RunExistsError, match="already holds a run"):
+        record_flat(tmp_path / "run", images)

@@ -109,7 +109,10 @@ def assert_resumes(
 
 
 def assert_closed(path: Path, num_steps: int, model: nn.Module) -> None:
-    """A run is closed after some steps, and the model is free of hooks."""
+    """A run is closed after a RuntimeError, and the model is free of hooks."""
     run = sonde.open_run(path)
-    assert (run.state, run.steps("activations")) == ("finished", list(range(num_steps)))
+    assert (run.state, run.steps("activations")) == (
+        "ended by RuntimeError",
+        list(range(num_steps)),
+    )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import sonde
-from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
+from sonde.exceptions import InvalidInputError, SondeWarning
 from sonde.integrations.transformers import SondeCallback
 
 from .outcomes import (
@@ -276,11 +276,59 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_gone_on_with(
     assert callback.recorder.num_epochs == 2
 
 
-def test_a_second_training_by_one_callback_is_refused_before_it_begins(tmp_path: Path) -> None:
+def test_each_further_training_by_one_callback_has_a_run_of_its_own(tmp_path: Path) -> None:
+    expected, expected_losses = train(tmp_path, None, WithoutIds())
     callback = in_band_callback(tmp_path / "run")
     train(tmp_path, callback)
-    with pytest.raises(RunExistsError, match="already holds a run"):
-        train(tmp_path, callback)
+    for name in ("run-2", "run-3"):
+        with pytest.warns(SondeWarning, match=f"a training begins again .* into .*{name}$"):
+            model, losses = train(tmp_path, callback)
+        assert losses == expected_losses
+        assert_same_training(state_of(model), state_of(expected))
+        run = sonde.open_run(tmp_path / name)
+        assert (run.state, run.steps("activations")) == ("finished", list(range(12)))
+    assert sonde.open_run(tmp_path / "run").steps("activations") == list(range(12))
+
+
+def test_a_training_that_was_broken_off_begins_again_as_a_new_attempt(tmp_path: Path) -> None:
+    class Full(TrainerCallback):
+        num_left = 1
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5 and self.num_left:
+                self.num_left -= 1
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    callback = in_band_callback(tmp_path / "run")
+    set_seed(5)
+    trainer = Trainer(
+        Classifier(),
+        arguments(tmp_path, auto_find_batch_size=True, dataloader_drop_last=True),
+        train_dataset=Rows(),
+        callbacks=[Full(), callback],
+    )
+    with pytest.warns(SondeWarning, match="into .*run as a new attempt, in place of the one"):
+        trainer.train()
+    run = sonde.open_run(tmp_path / "run")
+    assert [attempt["attempt"] for attempt in run.attempts] == [0, 1]
+    assert (run.state, run.steps("activations")) == (
+        "finished",
+        list(range(trainer.state.global_step)),
+    )
+    assert not (tmp_path / "run-2").exists()
+
+
+def test_a_training_that_begins_again_and_cannot_be_recorded_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = in_band_callback(tmp_path / "run")
+    train(tmp_path, callback)
+    _, expected = train(tmp_path, None, WithoutIds())
+    monkeypatch.setattr("sonde.integrations._starting.reserve", lambda path: 1 / 0)
+    with pytest.warns(SondeWarning, match="begins again is not recorded: ZeroDivisionError"):
+        _, losses = train(tmp_path, callback)
+    assert losses == expected
+    assert callback.recorder is None
 
 
 def test_what_the_trainer_logs_is_recorded(tmp_path: Path) -> None:
