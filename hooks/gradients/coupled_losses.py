@@ -7,7 +7,6 @@ of that example alone, or has no gradient alone.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from sonde.hooks.class_losses import class_loss_of
 from sonde.hooks.example_axes import OutputAxes
 from sonde.hooks.float64_heads import Float64Heads
 from sonde.hooks.losses import Loss, example_loss
+from sonde.hooks.own_warnings import without_warnings
 from sonde.hooks.taps import tensor_leaves
 
 COUPLED = "the loss couples the examples"
@@ -57,8 +57,7 @@ def couples(
 
     def of_batch() -> Tensor | None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with without_warnings():
                 value = example_loss(loss, outputs, targets, heads)
                 return _rows(value, found) if value.numel() == 1 else None
         except Exception:  # It may take one example only; then nothing is seen.
