@@ -3,10 +3,8 @@
 from .attach import attach
 from .config import Config
 from .config_file import load_config
-from .gradients.examplegrads import (
-    ExampleGradientResult,
-    example_gradients,
-)
+from .gradients.examplegrads import example_gradients
+from .gradients.gradient_result import ExampleGradientResult
 from .gradients.module_rules import gradient_rule
 from .layer_list import Layer, Layers, layers
 from .measures import (

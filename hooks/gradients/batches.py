@@ -53,6 +53,7 @@ class BatchGradients:
         shares: What rows were multiplied by to be those of the examples' own losses, [examples]; of
             a model that returns its loss, and None where its graph does not show how it is made.
         couples: The loss is seen to couple the examples.
+        in_functions: Those that autograd functions use, where nothing is seen.
     """
 
     num_examples: int
@@ -65,6 +66,7 @@ class BatchGradients:
     head: str = FLOAT64
     shares: Tensor | None = None
     couples: bool = False
+    in_functions: set[nn.Parameter] = field(default_factory=set)
 
 
 def batch_gradients(
@@ -115,6 +117,8 @@ def batch_gradients(
             outputs = call(model, inputs)
         if uses.error is not None:
             raise uses.error
+        if uses.hidden is not None:
+            return _not_gone_through(uses, num_examples, wanted)
         total, losses, shares = _loss_of(loss, outputs, targets, num_examples, output_axes, heads)
         known = [edge for of_operation in edges for edge in of_operation if edge is not None]
         axes = output_axes or OutputAxes(ExampleAxes())
@@ -147,18 +151,36 @@ def batch_gradients(
             deltas = [None if edge is None else found.pop() for edge in reversed(edges.pop())]
             deltas.reverse()
             add_operation(operation, deltas, parts, result.problems)
+    result.in_functions = set(uses.in_functions)
     for parameter in wanted:
-        if parameter in parts and parameter not in result.problems:
-            result.factors[parameter] = summed(parts[parameter])
-        else:
-            reason = "it was never used in the forward pass"
-            if parameter in uses.without_gradients:
-                reason = (
-                    "it ran without gradients: under no_grad, in a reentrant checkpoint, or in an "
-                    "autograd function, for which `sonde.gradient_rule` takes a rule"
-                )
+        reason = _why_unseen(uses, parameter)
+        if parameter not in parts or parameter in uses.in_functions:
             result.problems.setdefault(parameter, reason)
+        if parameter not in result.problems:
+            result.factors[parameter] = summed(parts[parameter])
     return result
+
+
+def _not_gone_through(
+    uses: ParameterUses, num_examples: int, wanted: Sequence[nn.Parameter]
+) -> BatchGradients:
+    """Return that no gradient is known, as going back would add to `.grad`."""
+    reason = f"the autograd function {uses.hidden} goes back to parameters by itself"
+    problems = {p: _why_unseen(uses, p) if p in uses.in_functions else reason for p in wanted}
+    return BatchGradients(num_examples, problems=problems, in_functions=set(uses.in_functions))
+
+
+def _why_unseen(uses: ParameterUses, parameter: nn.Parameter) -> str:
+    """Return why no operation gave the gradients of a parameter."""
+    if parameter in uses.in_functions:
+        function = uses.in_functions[parameter]
+        return (
+            f"it is behind the autograd function {function}, for which `sonde.gradient_rule` "
+            "takes a rule"
+        )
+    if parameter in uses.without_gradients:
+        return "it ran without gradients, as under no_grad"
+    return "it was never used in the forward pass"
 
 
 def add_operation(

@@ -155,7 +155,7 @@ class _Alone:
         self._tensors = tensors
         self._roundings: list[float] | None = None
         with torch.enable_grad():
-            self._value = _loss_alone(model, loss, probe, row)
+            self._value = loss_alone(model, loss, probe, row)
         self.gradients = self._from(1.0)
         self.norm = sum(float((of.double() ** 2).sum()) for of in self.gradients) ** 0.5
 
@@ -197,7 +197,7 @@ class _Alone:
         ]
 
 
-def _loss_alone(model: nn.Module, loss: Loss | None, probe: Probe, row: int) -> Tensor:
+def loss_alone(model: nn.Module, loss: Loss | None, probe: Probe, row: int) -> Tensor:
     """Return the loss of one example, run in a batch of its own."""
     inputs, targets = probe.rows(slice(row, row + 1), device_of(model))
     with Float64Heads() as heads:

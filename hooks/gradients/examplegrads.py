@@ -9,8 +9,7 @@ own loss, not divided by the number of examples.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -32,60 +31,25 @@ from sonde.hooks.small_runs import seen_by
 from sonde.hooks.stores import Full, Gram, Sketch, Store
 
 from .batches import BatchGradients, batch_gradients
+from .checkpoints import checkpoints_run_once
 from .checks import differing, weighing
 from .coupled_losses import COUPLED
 from .factor_sums import joined
 from .factors import Factor
-from .fallback import fallback_gradients
 from .given_examples import GivenExamples
+from .gradient_result import ExampleGradientResult
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
-from .layouts import ORDERS, UnsupportedError
+from .layouts import ORDERS
 from .owned_parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from .recurrent_rules import backward_through_recurrent
 from .traced_places import NUM_TRACED, TraceError, trace_of
 from .verdicts import Problems, Verdict, verdict_of
+from .without_rules import WithoutRules, that_fit
 
 EXACT = "exact"
 
 _Factors: TypeAlias = defaultdict[OwnedParameter, list[Factor]]
-
-
-@dataclass
-class ExampleGradientResult:
-    """Per-example gradients, in the form that a store keeps.
-
-    The gradient of an example is that of its own loss, not divided by the number of examples.
-
-    Attributes:
-        total: Over all covered parameters: of `Gram` float64 [examples, examples], or with `others`
-            [examples, others]; of `Sketch` [examples, dim]; of `Full` None.
-        layers: The same for each layer that owns parameters; empty of `Full`.
-        parameters: Of `Full`, the gradients of each parameter, [examples, *parameter].
-        norms: The norm of each example's gradient over all covered parameters, float64 [examples].
-        layer_norms: The same for each layer.
-        coverage: For each parameter `exact`, `fallback: why`, `frozen`, or `unsupported: why`.
-        head: The precision of the losses: `float64`, or that of the outputs and why.
-        saturated: The examples whose gradient float32 would have rounded at the head, bool
-            [examples]; None where it is not known, as of parameters by the fallback alone.
-    """
-
-    total: Tensor | None = None
-    layers: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    norms: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
-    layer_norms: dict[str, Tensor] = field(default_factory=dict)
-    coverage: dict[str, str] = field(default_factory=dict)
-    head: str = FLOAT64
-    saturated: Tensor | None = None
-
-    def __repr__(self) -> str:
-        kinds = [kind.partition(":")[0] for kind in self.coverage.values()]
-        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        num_layers = len(self.layer_norms)
-        return (
-            f"<gradients of {len(self.norms)} examples, {num_layers} layers; parameters: {counts}>"
-        )
 
 
 def example_gradients(
@@ -104,7 +68,9 @@ def example_gradients(
 
     For each shape of a batch, every parameter is held once against the gradients of two examples
     that are run alone. What no rule covers, or does not pass, is given to `torch.func`; what that
-    cannot transform is named.
+    cannot transform is evaluated one example after the other, which takes a forward and a backward
+    pass for each. Where not even that works, as with a model that fails on one example, the
+    parameter is named.
 
     The loss sees the model's outputs in float64, and what ends a model in it, such as log-softmax
     or a loss of its own, is computed in float64; the rest of the model stays as it is. In float32
@@ -125,7 +91,8 @@ def example_gradients(
             training and validation examples. Only of `Gram`.
         batch_size: How many examples are evaluated at once.
         memory: How many bytes `Gram` may hold of all examples; what does not fit takes another pass
-            over the examples, for other layers.
+            over the examples, for other layers. What no rule covers is evaluated for as many
+            parameters at once as fit into it with the rows of a batch, whatever the store.
 
     Returns:
         The gradients in that form, and what is covered.
@@ -160,6 +127,7 @@ def example_gradients(
         undisturbed(model) as random_states,
         gradients_unsynced(model),
         backward_through_recurrent(model),
+        checkpoints_run_once(),
     ):
         let_go_of_gathered(model)  # Such as those that a validation has left.
         evaluation = _Evaluation(model, loss, probes, kept, memory, random_states)
@@ -201,10 +169,10 @@ class _Evaluation:
         self._random_states = random_states
         self._output_axes = [OutputAxes(probe.axes, seen_by(model, probe)) for probe in probes]
         self._held = HeldParameters(model)
-        self._problems: Problems = {}
-        self._unsupported: Problems = {}
         self._saturated: dict[int, Tensor | None] = {}
         self._head = FLOAT64
+        self._without_rules = WithoutRules(model, loss, self._held, memory)
+        self._unsupported = self._without_rules.unsupported
 
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
@@ -221,6 +189,7 @@ class _Evaluation:
             kept = self._kept_of(trained)
         for parameter in trained:
             result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
+        kept.sort(trained)
         result.total, result.layers, result.parameters = kept.total(), kept.layers, kept.parameters
         result.norms, result.layer_norms = kept.norms()
         result.head, result.saturated = self._head, self._are_saturated()
@@ -244,9 +213,7 @@ class _Evaluation:
     def _coverage(self, parameter: OwnedParameter) -> str:
         if parameter.name in self._unsupported:
             return f"{UNSUPPORTED}{self._unsupported[parameter.name]}"
-        if parameter.name in self._problems:
-            return f"fallback: {self._problems[parameter.name]}"
-        return EXACT
+        return self._without_rules.coverage(parameter.name) or EXACT
 
     def _pass(self, wanted: list[OwnedParameter], kept: KeptGradients) -> list[OwnedParameter]:
         """Run the examples, for as many parameters as memory allows; return which."""
@@ -255,19 +222,18 @@ class _Evaluation:
         is_first = True
         for at, probe in enumerate(self._probes):
             for rows in probe.slices():
-                found = self._batch(at, rows, group)
+                examples = GivenExamples(self._model, probe, rows, self._random_states)
+                verdict = verdict_of(self._model, self._loss, examples)
+                found = self._by_rule(at, examples, verdict, group)
                 if is_first and isinstance(self._store, Gram):
-                    group = self._that_fit(group, found)
+                    number = sum(of.num_examples for of in self._probes)
+                    group = that_fit(group, found, number, self._memory, self._unsupported)
                 is_first = False
-                for parameter in group:
-                    factor = found.pop(parameter, None)
-                    if factor is None:
-                        continue
-                    if isinstance(self._store, Gram):
-                        factors[at][parameter].append(factor)
-                    else:
-                        reduced = reduced_rows(self._store, parameter.name, factor)
-                        kept.add_rows(self._store, parameter, *reduced, rows.start)
+                self._take(found, group, factors[at], kept, rows.start)
+                others = [p for p in group if p.name in verdict.problems]
+                others = [p for p in others if p.name not in self._unsupported]
+                for part in self._without_rules.parts(examples, verdict, others):
+                    self._take(part, group, factors[at], kept, rows.start)
         for parameter in group:
             if parameter in factors[0] and parameter.name not in self._unsupported:
                 kept.add_products(
@@ -275,26 +241,29 @@ class _Evaluation:
                 )
         return group
 
-    def _that_fit(
-        self, group: list[OwnedParameter], found: Mapping[OwnedParameter, Factor]
-    ) -> list[OwnedParameter]:
-        """Return the first parameters, at least one, of which all examples fit into memory."""
-        num_examples = sum(probe.num_examples for probe in self._probes)
-        num_bytes = 0
-        fitting: list[OwnedParameter] = []
+    def _take(
+        self,
+        found: dict[OwnedParameter, Factor],
+        group: Sequence[OwnedParameter],
+        factors: _Factors,
+        kept: KeptGradients,
+        start: int,
+    ) -> None:
+        """Keep the gradients of some examples, the first of which is `start`; let go of them."""
         for parameter in group:
-            num_bytes += found[parameter].row_bytes * num_examples if parameter in found else 0
-            if fitting and num_bytes > self._memory:
-                break
-            fitting.append(parameter)
-        return fitting
+            factor = found.pop(parameter, None)
+            if factor is None:
+                continue
+            if isinstance(self._store, Gram):
+                factors[parameter].append(factor)
+            else:
+                reduced = reduced_rows(self._store, parameter.name, factor)
+                kept.add_rows(self._store, parameter, *reduced, start)
 
-    def _batch(
-        self, at: int, rows: slice, group: Sequence[OwnedParameter]
+    def _by_rule(
+        self, at: int, examples: GivenExamples, verdict: Verdict, group: Sequence[OwnedParameter]
     ) -> dict[OwnedParameter, Factor]:
-        """Compute the gradients of some examples of a probe: by rules, or by the fallback."""
-        examples = GivenExamples(self._model, self._probes[at], rows, self._random_states)
-        verdict = verdict_of(self._model, self._loss, examples)
+        """Compute the gradients of some examples that rules give; note why they do not others."""
         untraced = [p for p in group if p.name not in verdict.traced]
         if untraced:
             verdict.problems |= self._routed(examples, untraced)
@@ -306,17 +275,15 @@ class _Evaluation:
             batch = self._by_rules(at, examples, verdict, remaining)
             self._head = self._head if batch.head == FLOAT64 else batch.head
             if at == 0:
-                self._saturated[rows.start] = batch.are_saturated
+                self._saturated[examples.rows.start] = batch.are_saturated
             found |= {p: batch.factors[p.tensor] for p in remaining if p.tensor in batch.factors}
             remaining = self._check(verdict, batch, examples, remaining)
         # No gradient of an example is there to be found.
         self._unsupported |= {n: why for n, why in problems.items() if why.startswith(COUPLED)}
-        others = [p for p in group if p.name in problems and p.name not in self._unsupported]
-        self._problems |= {parameter.name: problems[parameter.name] for parameter in others}
-        found = {p: factor for p, factor in found.items() if p.name not in problems}
-        if others:
-            found.update(self._fall_back(examples, others))
-        return found
+        self._without_rules.problems |= {
+            p.name: problems[p.name] for p in group if p.name in problems
+        }
+        return {p: factor for p, factor in found.items() if p.name not in problems}
 
     def _routed(self, examples: GivenExamples, parameters: list[OwnedParameter]) -> Problems:
         """Return the parameters of whose rows it depends on the examples which are whose.
@@ -369,6 +336,7 @@ class _Evaluation:
     ) -> list[OwnedParameter]:
         """Note problems; return the parameters whose examples may be at another place."""
         reasons = dict(batch.problems)
+        verdict.in_functions |= {p.name for p in parameters if p.tensor in batch.in_functions}
         if batch.couples:
             reasons = dict.fromkeys((parameter.tensor for parameter in parameters), COUPLED)
         else:
@@ -420,27 +388,6 @@ class _Evaluation:
         return differing(
             self._model, self._loss, examples.probe, start, batch, parameters, self._held
         )
-
-    def _fall_back(
-        self, examples: GivenExamples, parameters: list[OwnedParameter]
-    ) -> dict[OwnedParameter, Factor]:
-        """Form the gradients of parameters that no rule covers; note what cannot be."""
-        tensors = [parameter.tensor for parameter in parameters]
-        num_examples, axes = examples.num_examples, examples.probe.axes
-        try:
-            factors = fallback_gradients(
-                self._model, self._loss, *examples.take(), num_examples, tensors, axes
-            )
-        except UnsupportedError as reason:
-            for parameter in parameters:
-                rule = self._problems[parameter.name]
-                self._unsupported[parameter.name] = f"{rule}; {reason}"
-            return {}
-        differ = self._differing(examples, BatchGradients(num_examples, factors), parameters)
-        for parameter in parameters:
-            if parameter.tensor in differ:
-                self._unsupported[parameter.name] = differ[parameter.tensor]
-        return {p: factors[p.tensor] for p in parameters if p.tensor not in differ}
 
 
 def _products(factors: list[Factor]) -> tuple[Tensor, Tensor | None]:

@@ -38,5 +38,9 @@ class GivenExamples:
     def take(self) -> tuple[Inputs, Tensor | None]:
         """Return (inputs, targets), never the same tensors twice."""
         taken, self._next = self._next or self.probe.rows(self.rows, self._device), None
-        self._random_states.seed(self.rows.start)
+        self.seed(self.rows.start)
         return taken
+
+    def seed(self, example: int) -> None:
+        """Let the model draw what it draws for a batch that begins with an example of the probe."""
+        self._random_states.seed(example)

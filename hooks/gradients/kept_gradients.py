@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -112,6 +113,14 @@ class KeptGradients:
         if name not in kept:
             kept[name] = values.new_zeros(self._num_examples, *shape)
         kept[name][rows] += values.reshape(len(values), *shape)
+
+    def sort(self, parameters: Sequence[OwnedParameter]) -> None:
+        """Bring layers and parameters into the order of some, whenever they were added."""
+        layers = dict.fromkeys(parameter.layer for parameter in parameters)
+        self._squares = {name: self._squares[name] for name in layers if name in self._squares}
+        self.layers = {name: self.layers[name] for name in layers if name in self.layers}
+        names = [parameter.name for parameter in parameters if parameter.name in self.parameters]
+        self.parameters = {name: self.parameters[name] for name in names}
 
     def total(self) -> Tensor | None:
         """Return the sum over all layers."""

@@ -25,6 +25,7 @@ from sonde.hooks import own_work
 from sonde.hooks.float64_heads import Float64Heads
 from sonde.hooks.taps import add_hook
 
+from .autograd_functions import running_function
 from .held_parameters import HeldParameters
 from .layouts import ORDERS, Layout, Place, UnsupportedError, reason_of
 from .module_rules import ModuleRule, rule_for, uses_of
@@ -77,7 +78,10 @@ class ParameterUses(TorchFunctionMode):
         unordered: Those where each example has several rows, together or in turn.
         problems: Why uses could not be reported, by parameter.
         without_gradients: The parameters that were used where no graph is made.
+        in_functions: Those that were used in the forward pass of an autograd function, and which.
         couplings: What makes the gradients of an example depend on the others.
+        hidden: An autograd function that uses parameters it is not given as inputs, and may add to
+            their `.grad` in its backward pass.
         num_reorderings: How often rows of examples were taken in an order that values tell.
         error: What went wrong, which never raises into the forward pass.
     """
@@ -112,6 +116,8 @@ class ParameterUses(TorchFunctionMode):
         self.unordered: set[nn.Parameter] = set()
         self.problems: dict[nn.Parameter, str] = {}
         self.without_gradients: set[nn.Parameter] = set()
+        self.in_functions: dict[nn.Parameter, str] = {}
+        self.hidden: str | None = None
         self.couplings: list[str] = []
         self.num_reorderings = 0
         self.error: Exception | None = None
@@ -217,7 +223,14 @@ class ParameterUses(TorchFunctionMode):
         elif tracked and (torch.is_grad_enabled() or not self._needs_graph):
             self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
-            self.without_gradients.update(p for t in tracked for p in self._roots[id(t)])
+            used = [p for t in tracked for p in self._roots[id(t)]]
+            function = running_function()
+            if function is not None:
+                self.in_functions.update(dict.fromkeys(used, function.name))
+                held = [p for t in tracked for p in self._roots[id(t)].values()]
+                if not all(function.is_given(p) for p in held):
+                    self.hidden = function.name
+            self.without_gradients.update(used)
 
     def _reorders(self, func: Callable[..., Any], tensors: list[Tensor]) -> bool:
         """Tell whether an operation takes rows of examples in an order that values tell."""

@@ -30,6 +30,8 @@ class Verdict:
         checked: The parameters that were checked.
         choices: Which of `layouts.ORDERS` told where the examples are, if it was not the first.
         problems: Why no rule gives the gradients of a parameter.
+        in_functions: The parameters that autograd functions use, where nothing is seen.
+        untransformed: Why `torch.func` does not give them either.
         loss: Returns the loss that was used, as long as it is there.
     """
 
@@ -38,6 +40,8 @@ class Verdict:
     checked: set[str] = field(default_factory=set)
     choices: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(default_factory=dict)
+    in_functions: set[str] = field(default_factory=set)
+    untransformed: Problems = field(default_factory=dict)
 
 
 _verdicts: WeakKeyDictionary[nn.Module, dict[Hashable, Verdict]] = WeakKeyDictionary()

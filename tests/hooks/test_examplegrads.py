@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sonde.exceptions import InvalidInputError, UnsupportedModelError
 from sonde.hooks import Full, Probe, example_gradients
@@ -381,16 +380,6 @@ class CalledTwoWays(nn.Module):
         return torch.as_tensor(self.out(self.mix.forward(self.mix(x).tanh())))
 
 
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(self.mix, x.requires_grad_(), use_reentrant=True)
-        return torch.as_tensor(self.out(hidden))
-
-
 @pytest.mark.parametrize(
     ("model", "name", "kind"),
     [
@@ -400,7 +389,6 @@ class Checkpointed(nn.Module):
         (Sorting(), "mix.weight", "fallback: it depends on the examples which of its rows"),
         (Coupled(), "conv.weight", "fallback: the gradient of one example alone differs: batch"),
         (CalledTwoWays(), "mix.weight", "exact"),
-        (Checkpointed(), "mix.weight", "unsupported: it ran without gradients: under no_grad"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

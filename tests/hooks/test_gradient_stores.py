@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import sonde
 from sonde.hooks.gradients import factors as factors_module
@@ -232,19 +232,33 @@ def test_a_loss_that_uses_parameters_is_checked_too() -> None:
     assert list(kinds(result)) == ["0.weight"]
 
 
-class SometimesCheckpointed(nn.Module):
-    """No rule and no transformation covers a batch with a large number in it."""
+class Product(torch.autograd.Function):
+    """x w, which neither a rule nor a transformation sees through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return delta @ weight.T, x.T @ delta
+
+
+class SometimesRefused(nn.Module):
+    """Nothing covers a batch with a large number in it, nor such an example alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.mix, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool((x > 9).any()):
-            x = checkpoint(self.mix, x.requires_grad_(), use_reentrant=True)
-        else:
-            x = self.mix(x)
-        return torch.as_tensor(self.out(x))
+        if not bool((x > 9).any()):
+            return torch.as_tensor(self.out(self.mix(x)))
+        if len(x) == 1:
+            raise ValueError("no batch of one")
+        return torch.as_tensor(self.out(Product.apply(x, self.mix.weight)))
 
 
 @pytest.mark.parametrize(
@@ -252,12 +266,14 @@ class SometimesCheckpointed(nn.Module):
 )
 def test_what_a_later_batch_does_not_support_is_left_out(store: Callable[[], Store]) -> None:
     torch.manual_seed(0)
-    model, inputs = SometimesCheckpointed(), torch.randn(6, 4)
+    model, inputs = SometimesRefused(), torch.randn(6, 4)
     inputs[5] = 10
     result = sonde.example_gradients(
         model, F.cross_entropy, inputs, torch.arange(6) % 3, store=store(), batch_size=3
     )
-    assert result.coverage["mix.weight"].startswith("unsupported: it ran without gradients")
+    reason = result.coverage["mix.weight"]
+    assert reason.startswith("unsupported: it is behind the autograd function Product")
+    assert reason.endswith("one example alone fails: ValueError: no batch of one")
     assert result.coverage["out.weight"] == "exact"
     assert list(result.layer_norms) == ["out"]
     assert [name for name in result.parameters if name.startswith("mix")] == []

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import sonde
 from sonde.exceptions import InvalidInputError, LayerNotFoundError
@@ -207,24 +206,24 @@ def test_the_total_alone_can_be_kept(
     assert run.example_gradients.streams == [(None, field) for field in fields]
 
 
-class Unseen(nn.Module):
-    """A layer whose first pass makes no graph, as reentrant checkpoints are."""
+class Turned(nn.Module):
+    """A layer with a complex parameter, whose gradients are not recorded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        self.out = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(self.hidden, x.requires_grad_(), use_reentrant=True)
-        return torch.as_tensor(self.out(hidden))
+        return torch.as_tensor(self.out((x * self.turn).real))
 
 
 def test_uncovered_parameters_are_warned_of_and_logged(tmp_path: Path) -> None:
     probe = sonde.Probe(torch.randn(6, 4), torch.arange(6) % 3)
-    with pytest.warns(UserWarning, match=r"lacks hidden\.weight: it ran without gradients"):
-        run = record(tmp_path, Unseen(), sonde.ExampleGradients(probe, F.cross_entropy))
+    with pytest.warns(UserWarning, match=r"lacks turn: it is complex"):
+        run = record(tmp_path, Turned(), sonde.ExampleGradients(probe, F.cross_entropy))
     coverage = next(note for note in run.notes if note["event"] == "coverage")["parameters"]
-    assert coverage["hidden.weight"].startswith("unsupported: it ran without gradients")
+    assert coverage["turn"].startswith("unsupported: it is complex")
     assert coverage["out.weight"] == "exact"
 
 
