@@ -168,6 +168,8 @@ class ParameterUses(TorchFunctionMode):
                 self._look(func, given, named, output)
             except Exception as error:
                 self.error = error
+        elif func is Tensor.__setitem__:
+            self._note_entries(args)
         return output
 
     def _called(self, func: Callable[..., Any], args: Any, named: dict[str, Any]) -> Any:
@@ -218,8 +220,10 @@ class ParameterUses(TorchFunctionMode):
         is_of_examples = len(unknown) > len(new)
         if not is_of_examples:
             parameters = {p: held for t in tracked for p, held in self._roots[id(t)].items()}
+            # What an autograd function makes requires gradients only when it returns.
+            is_inside = not torch.is_grad_enabled() and running_function() is not None
             for out in outputs:
-                self._keep(out, parameters)
+                self._keep(out, parameters, is_inside=is_inside)
         elif tracked and (torch.is_grad_enabled() or not self._needs_graph):
             self._report(func, args, kwargs, outputs, tensors)
         elif tracked:
@@ -232,6 +236,19 @@ class ParameterUses(TorchFunctionMode):
                     self.hidden = function.name
             self.without_gradients.update(used)
 
+    def _note_entries(self, args: tuple[Any, ...]) -> None:
+        """Follow parameters that are written into a tensor, such as a matrix made of a vector."""
+        tensors = _tensors(args)
+        parameters = {p: held for t in tensors for p, held in self._roots.get(id(t), {}).items()}
+        if not parameters or not args[0].requires_grad:
+            return
+        if all(id(t) in self._roots or id(t) in self._constants for t in tensors):
+            self._constants.discard(id(args[0]))
+            self._keep(args[0], parameters)
+            return
+        for parameter in parameters:
+            self.problems.setdefault(parameter, "it is written into entries of another tensor")
+
     def _reorders(self, func: Callable[..., Any], tensors: list[Tensor]) -> bool:
         """Tell whether an operation takes rows of examples in an order that values tell."""
         taken = tensors[0]
@@ -241,11 +258,16 @@ class ParameterUses(TorchFunctionMode):
         return is_of_examples and is_row and (func is not Tensor.__getitem__ or len(tensors) > 1)
 
     def _keep(
-        self, tensor: Tensor, parameters: Mapping[nn.Parameter, nn.Parameter] | None = None
+        self,
+        tensor: Tensor,
+        parameters: Mapping[nn.Parameter, nn.Parameter] | None = None,
+        *,
+        is_inside: bool = False,
     ) -> None:
         """Remember what a tensor is computed from."""
         self._kept.append(tensor)
-        if not tensor.requires_grad and (self._needs_graph or not parameters):
+        needs_graph = self._needs_graph and not is_inside
+        if not tensor.requires_grad and (needs_graph or not parameters):
             self._constants.add(id(tensor))
         elif parameters is None and isinstance(tensor, nn.Parameter):
             self._roots[id(tensor)] = {self._held.owner_of(tensor): tensor}
@@ -265,7 +287,9 @@ class ParameterUses(TorchFunctionMode):
         wanted = {
             id(t): t
             for t in tensors
-            if id(t) in self._roots and not self._wanted.isdisjoint(self._roots[id(t)])
+            if id(t) in self._roots
+            and (t.requires_grad or not self._needs_graph)
+            and not self._wanted.isdisjoint(self._roots[id(t)])
         }
         if not wanted or (self._needs_graph and not any(out.requires_grad for out in outputs)):
             return

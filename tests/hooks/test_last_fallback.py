@@ -254,3 +254,73 @@ def test_what_fails_on_one_example_is_named_with_the_reason() -> None:
     expected = "unsupported: one example alone fails: ValueError: no batch of one"
     assert result.coverage["mix.weight"].startswith(expected)
     assert result.coverage["mix.weight"].count("one example alone fails") == 1
+
+
+class Twice(torch.autograd.Function):
+    """A weight made of parameters, as some adapters make theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return weight.T.contiguous().T * scale
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        weight, scale = ctx.saved_tensors
+        return delta * scale, (delta * weight).sum(1, keepdim=True)
+
+
+class OfFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.scale = nn.Parameter(torch.rand(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.as_tensor(Twice.apply(self.weight, self.scale)))
+
+
+class OfEntries(nn.Module):
+    """A skew-symmetric matrix of a vector, as orthogonal adapters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = nn.Parameter(torch.randn(6))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(4, 4, 1)
+        matrix = torch.zeros(4, 4, dtype=x.dtype)
+        matrix[rows, columns] = self.entries
+        return torch.as_tensor(self.out(x @ torch.linalg.inv(torch.eye(4) + matrix - matrix.T)))
+
+
+class Masked(nn.Module):
+    """A token that takes the place of some entries, as of examples that are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.clone()
+        hidden[x > 0.5] = self.token
+        return torch.as_tensor(self.out(hidden))
+
+
+@pytest.mark.parametrize("model", [OfFunction, OfEntries])
+def test_what_is_made_of_parameters_alone_is_followed(model: Callable[[], nn.Module]) -> None:
+    inputs, targets = problem()
+    made = model().double()
+    result = sonde.example_gradients(made, F.cross_entropy, inputs, targets, store=sonde.Full())
+    assert set(result.coverage.values()) == {"exact"}
+    assert_same_gradients(result, loop_gradients(made, F.cross_entropy, inputs, targets))
+
+
+def test_entries_of_examples_are_named_and_right() -> None:
+    inputs, targets = problem()
+    model = Masked().double()
+    result = sonde.example_gradients(model, F.cross_entropy, inputs, targets, store=sonde.Full())
+    assert "it is written into entries of another tensor" in result.coverage["token"]
+    assert_same_gradients(result, loop_gradients(model, F.cross_entropy, inputs, targets))
