@@ -34,8 +34,8 @@ _GPU_TOLERANCE = 2e-2
 # its own, hence some times that of the example.
 _SEEDS = (0.7, 3.0)
 _ROUNDING = 30
-# Where an example alone cancels to zero exactly: of the norm over all parameters, a fraction of the
-# type's last digit.
+# Where an example alone cancels, perhaps to zero exactly: of the norm over all parameters, a
+# fraction of the type's last digit. A gradient that is small but no rounding has no such floor.
 _DIGITS = 1e-2
 
 
@@ -167,12 +167,16 @@ class _Alone:
         if exact.is_cuda and dtype == torch.float32:
             tolerance = _GPU_TOLERANCE
         distance = float((formed - exact.double()).norm())
-        allowed = tolerance * float(exact.double().norm())
+        norm = float(exact.double().norm())
+        allowed = tolerance * norm
         # Where the loss itself has diverged, both are no numbers, and nothing can be compared.
         if distance <= allowed or not bool(exact.isfinite().all()):
             return True
-        allowed += _ROUNDING * self._rounding(at)
-        return bool(distance <= allowed + _DIGITS * torch.finfo(dtype).eps * self.norm)
+        rounding = _ROUNDING * self._rounding(at)
+        allowed += rounding
+        if norm <= rounding:
+            allowed += _DIGITS * torch.finfo(dtype).eps * self.norm
+        return distance <= allowed
 
     def _rounding(self, at: int) -> float:
         if self._roundings is None:

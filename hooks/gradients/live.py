@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +33,7 @@ from .factor_sums import joined, summed
 from .factors import Factor
 from .held_parameters import HeldParameters
 from .kept_gradients import KeptGradients, reduced_rows
+from .live_parts import Gradients, Held, Seen
 from .live_saturation import OWN, LiveSaturation, saturation_warnings
 from .operations import Operation
 from .owned_parameters import UNSUPPORTED, OwnedParameter
@@ -43,33 +43,6 @@ from .sum_checks import SumChecks
 from .traced_places import Trace, TraceError, trace_of
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
-
-
-@dataclass(eq=False)
-class _Seen:
-    """An operation of a pass, with the gradients that have come back to its outputs."""
-
-    operation: Operation
-    micro_batch: MicroBatch
-    deltas: list[Tensor | None]
-    is_used: bool = False
-
-
-@dataclass
-class _Held:
-    """The gradients of a parameter in one micro-batch: as factors, or what is kept of them."""
-
-    factor: Factor | None
-    values: Tensor | None = None
-    squares: Tensor | None = None
-
-
-@dataclass
-class _Gradients:
-    """What is known of one parameter in a step."""
-
-    parts: dict[MicroBatch, list[Factor]] = field(default_factory=lambda: defaultdict(list))
-    held: dict[MicroBatch, _Held] = field(default_factory=dict)
 
 
 class LiveGradients(Observation):
@@ -102,12 +75,11 @@ class LiveGradients(Observation):
         self._store = store
         self._free_bytes = memory
         self._to_arrays = to_arrays
-        self._gradients: dict[nn.Parameter, _Gradients] = defaultdict(_Gradients)
-        self._pending: dict[nn.Parameter, list[_Seen]] = defaultdict(list)
+        self._gradients: dict[nn.Parameter, Gradients] = defaultdict(Gradients)
+        self._pending: dict[nn.Parameter, list[Seen]] = defaultdict(list)
         self._checks = SumChecks()
         self._problems: dict[nn.Parameter, str] = {}
         self._couplings: list[str] = []
-        self._delta_dtypes: set[torch.dtype] = set()
         self._error: Exception | None = None
         self._depth = 0
         self._uses: ParameterUses | None = None
@@ -276,7 +248,7 @@ class LiveGradients(Observation):
         self, micro_batch: MicroBatch, operation: Operation, outputs: Sequence[Tensor]
     ) -> None:
         """Wait for the gradients of an operation's outputs."""
-        seen = _Seen(operation, micro_batch, [None] * len(outputs))
+        seen = Seen(operation, micro_batch, [None] * len(outputs))
         for use in operation.uses:
             for tensor in use.parameters.keys() & self._parameters.keys():
                 self._pending[tensor].append(seen)
@@ -288,7 +260,7 @@ class LiveGradients(Observation):
             if output.requires_grad:
                 root_of(output).register_hook(self._guarded(partial(self._take_delta, seen, at)))
 
-    def _take_delta(self, seen: _Seen, at: int, delta: Tensor | None) -> None:
+    def _take_delta(self, seen: Seen, at: int, delta: Tensor | None) -> None:
         if delta is None:
             return
         if seen.is_used or seen.deltas[at] is not None:
@@ -298,25 +270,25 @@ class LiveGradients(Observation):
                     self._problems.setdefault(tensor, reason)
             return
         seen.deltas[at] = delta.detach()
-        self._delta_dtypes.add(delta.dtype)
         if len(seen.deltas) == 1 and not seen.operation.is_gathered:
             # The values of gathered parameters are there when their own gradient arrives.
             self._use(seen)
 
-    def _use(self, seen: _Seen) -> None:
+    def _use(self, seen: Seen) -> None:
         """Make the gradients of an operation's parameters, as what came back to it is complete."""
         if seen.is_used:
             return
         seen.is_used = True
         parts: dict[nn.Parameter, list[Factor]] = defaultdict(list)
-        if any(delta is not None for delta in seen.deltas):
+        if seen.has_deltas:
             add_operation(seen.operation, seen.deltas, parts, self._problems)
         for tensor, factors in parts.items():
             self._gradients[tensor].parts[seen.micro_batch] += factors
 
     def _settle(self, tensor: nn.Parameter, gradient: Tensor | None = None) -> None:
         """Keep what a store keeps of the gradients of a parameter that have come."""
-        for seen in self._pending.pop(tensor, []):
+        pending = self._pending.pop(tensor, [])
+        for seen in pending:
             self._use(seen)
         found = self._gradients[tensor]
         parts, found.parts = found.parts, defaultdict(list)
@@ -333,18 +305,19 @@ class LiveGradients(Observation):
                 total = factor.sum() if total is None else total + factor.sum()
             found.held[micro_batch] = self._hold(self._parameters[tensor], factor)
         if gradient is not None and tensor not in self._problems:
-            arriving = self._step.arriving()
-            self._checks.add(tensor, gradient, total, self._delta_dtypes, arriving)
+            terms = [seen.terms() for seen in pending if seen.has_deltas]
+            rows = [factor for of in parts.values() for factor in of]
+            self._checks.add(tensor, gradient, total, terms, rows, self._step.arriving())
 
-    def _hold(self, parameter: OwnedParameter, factor: Factor) -> _Held:
+    def _hold(self, parameter: OwnedParameter, factor: Factor) -> Held:
         if not isinstance(self._store, Gram):
-            return _Held(None, *reduced_rows(self._store, parameter.name, factor))
+            return Held(None, *reduced_rows(self._store, parameter.name, factor))
         num_bytes = factor.row_bytes * factor.num_examples
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes
-            return _Held(factor)
+            return Held(factor)
         products = factor.gram()
-        return _Held(None, products, products.diagonal())
+        return Held(None, products, products.diagonal())
 
     def _add(
         self,
