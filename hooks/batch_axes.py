@@ -72,7 +72,7 @@ class BatchAxes:
             # Another rank may have another number of examples, and not run the model now.
             self.problem = "running a sharded model needs all ranks"
             return
-        if not all(_is_plain(value) for value in (*args, *kwargs.values())):
+        if not all(is_plain(value) for value in (*args, *kwargs.values())):
             self.problem = "its arguments contain objects that a second pass might change"
             return
         self._small_size = 2 if size > 2 else 1
@@ -119,9 +119,10 @@ class BatchAxes:
         return axis
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Tell whether an argument of a model holds nothing that a pass might change but tensors."""
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain(item) for item in value.values())
     return isinstance(value, (Tensor, *_PLAIN))

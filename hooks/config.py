@@ -120,14 +120,14 @@ class Config:
         """
         if optimizer is not None:
             check_optimizer(optimizer)  # Before a run directory is made.
-        measures = self._chosen() if self.measures is None else self.measures
+        measures = self.chosen() if self.measures is None else self.measures
         recorder = Recorder(self.path, model, measures, when=self.when, **self.options)
         return recorder if optimizer is None else recorder.attach(optimizer)
 
     def without_outputs(self) -> Config:
         """Return what it chooses but for measures that need to know which output is meant."""
-        assert self.measures is None
-        kept = [m for m in self._chosen() if isinstance(m, Activations | Scalars)]
+        chosen = self.chosen() if self.measures is None else self.measures
+        kept = [m for m in chosen if isinstance(m, Activations | Scalars)]
         return Config(
             self.path,
             kept,
@@ -141,7 +141,7 @@ class Config:
         given = getattr(self, name)
         return given is not None and (name != "planes" or bool(given))
 
-    def _chosen(self) -> list[Measure]:
+    def chosen(self) -> list[Measure]:
         """Return the measures that the probe allows."""
         if self.probe is None:
             return [Activations(TRAINING, self.layers), Scalars()]

@@ -355,6 +355,10 @@ class Recorder:
             self._log.note("missed", self.num_steps, reason=message)
         self._log.warn(message)
 
+    def note_missed(self, reason: str) -> None:
+        """Note in the log what is not recorded, where it is said elsewhere."""
+        self._log.note("missed", self.num_steps, reason=reason)
+
     def state_dict(self, *, sync: bool = True) -> dict[str, Any]:
         """Return what a checkpoint has to hold for the recording to go on from it.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
+from sonde.hooks.example_axes import ExampleAxes
 
 # Arguments of a model that are targets: with them it computes its loss by itself.
 _TARGETS = ("labels", "label", "targets", "target")
@@ -20,14 +21,17 @@ class FirstBatches:
 
     Args:
         limit: How many examples are kept.
+        batch_dim: The axis that holds the examples, of tensors that have so many.
 
     Attributes:
+        batch_dim: The same; it is set before the first batch is added.
         num_examples: How many there are so far.
         is_all: A batch came again, or one of another shape: there will be no more.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, batch_dim: int = 0) -> None:
         self._limit = limit
+        self.batch_dim = batch_dim
         self._inputs: list[dict[str, Tensor]] = []
         self._targets: list[Tensor] = []
         self._is_by_name = False
@@ -50,7 +54,10 @@ class FirstBatches:
             return
         inputs, self._is_by_name = _named_inputs(model, args, kwargs)
         targets = inputs.pop(_target_of(model, inputs), None)
-        sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
+        if any(x.layout != torch.strided or x.is_nested for x in inputs.values()):
+            raise InvalidInputError("sparse inputs cannot be stored as a probe")
+        axes = ExampleAxes(self.batch_dim)
+        sizes = {axes.size_of(tensor) for tensor in inputs.values()}
         if len(sizes) != 1 or 0 in sizes:
             shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
             raise InvalidInputError(f"its inputs {shapes} do not have the same number of examples")
@@ -59,7 +66,7 @@ class FirstBatches:
             self.is_all = True
             return
         self._inputs.append(copied)
-        if targets is not None and targets.ndim and len(targets) == max(sizes):
+        if targets is not None and axes.size_of(targets) == max(sizes):
             self._targets.append(targets.detach().to("cpu", copy=True))
         self.num_examples += sizes.pop()
 
@@ -68,22 +75,32 @@ class FirstBatches:
         first_id = rank * self._limit
         size = min(self.num_examples, self._limit)
         joined = {
-            name: torch.cat([batch[name] for batch in self._inputs])[:size]
+            name: self._joined([batch[name] for batch in self._inputs], size)
             for name in self._inputs[0]
         }
         has_targets = len(self._targets) == len(self._inputs)
-        targets = torch.cat(self._targets)[:size] if has_targets else None
+        targets = self._joined(self._targets, size) if has_targets else None
         inputs: Any = joined
         if not self._is_by_name:
             inputs = next(iter(joined.values())) if len(joined) == 1 else tuple(joined.values())
-        return Probe(inputs, targets, ids=range(first_id, first_id + size))
+        ids = range(first_id, first_id + size)
+        return Probe(inputs, targets, ids=ids, batch_dim=self.batch_dim)
+
+    def _joined(self, tensors: list[Tensor], size: int) -> Tensor:
+        axes = ExampleAxes(self.batch_dim)
+        return axes.rows_of(torch.cat(tensors, axes.of(tensors[0])), slice(0, size))
+
+    def _shape(self, tensor: Tensor) -> list[int]:
+        """Return the shape of an example."""
+        axis = ExampleAxes(self.batch_dim).of(tensor)
+        return [size for at, size in enumerate(tensor.shape) if at != axis]
 
     def _fits(self, batch: dict[str, Tensor]) -> bool:
         """Tell whether a batch brings other examples of the same shape as those before."""
         last = self._inputs[-1]
         if last.keys() != batch.keys():
             return False
-        if any(last[name].shape[1:] != tensor.shape[1:] for name, tensor in batch.items()):
+        if any(self._shape(last[name]) != self._shape(x) for name, x in batch.items()):
             return False
         return not all(torch.equal(last[name], tensor) for name, tensor in batch.items())
 

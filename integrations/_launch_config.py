@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from sonde.exceptions import RunExistsError
-from sonde.hooks import Config, Probe, every
+from sonde.hooks import Config, Full, Gram, Probe, Sketch, every
 from sonde.hooks.config import as_config
 from sonde.hooks.config_file import ConfigFile, read_config
 from sonde.hooks.config_values import Place, to_layers
+from sonde.hooks.stores import Store
 from sonde.log.layout import RUN_FILE
 
 from .launcher import Launch
@@ -51,6 +52,14 @@ class LaunchConfig:
     def chooses(self) -> bool:
         """Whether nothing says what is measured, but by default."""
         return self._file is None or self._file.given.get("measures") is None
+
+    @property
+    def store(self) -> Store | None:
+        """The form kept of activations, if the command says it."""
+        kind, _, dim = (self._launch.store or "").partition(":")
+        if kind == "sketch":
+            return Sketch(int(dim))
+        return {"gram": Gram(), "full": Full()}.get(kind)
 
     def make(self, path: Path, first: Probe | None, **others: Any) -> Config:
         """Make the configuration.

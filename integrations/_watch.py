@@ -32,16 +32,21 @@ from sonde.hooks.optimizer_steps import StepCalls
 from sonde.hooks.scores import OutputChoiceError
 from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
+from sonde.sizes import size_text
 
+from ._bounds import bounded
 from ._first_batches import FirstBatches
 from ._launch_config import LaunchConfig
 from ._run_path import launch_key, reserve, waited_for
+from ._survey import Survey, survey, why_no_probe
+from ._trained_outside import trained_outside
 from .launcher import Launch, tell
 
 _MAX_EXAMPLES = 256
 # Fewer examples say little of a layer; but the first steps are not waited away for them.
 _ENOUGH_EXAMPLES = 16
 _MAX_STEPS_WAITED = 8
+_NO_HOOKS = "which run no hooks; nothing sees its passes unless it calls the module itself"
 
 
 class Watch:
@@ -65,6 +70,10 @@ class Watch:
         self._step_calls = StepCalls()
         self._hand_steps: HandSteps | None = None
         self._no_probe: str | None = None
+        self._survey: Survey | None = None
+        self._left_out: list[str] = []
+        self._stepped_before: list[torch.optim.Optimizer] = []  # Before any module was called.
+        self._has_eval_calls = False
         self._num_steps = 0
         self._is_attached = False
         self._is_over = False
@@ -99,6 +108,10 @@ class Watch:
         recorder.close(reason)
 
     def _why_nothing(self) -> str:
+        if self._root is None and self._has_eval_calls:
+            return "the modules that were called were in eval mode; call model.train()"
+        if self._root is None and self._stepped_before:
+            return f"the training calls methods such as `forward`, {_NO_HOOKS}"
         if self._root is None:
             return "no module was trained in this process"
         return (
@@ -112,7 +125,10 @@ class Watch:
             return
         if self._is_over or self._root is not None or os.getpid() != self._pid:
             return
-        if not module.training or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if not module.training:
+            self._has_eval_calls = True
             return
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return
@@ -135,6 +151,9 @@ class Watch:
         self._take.remove()
         self._root = module
         self._model = unwrap(_single(module))
+        if not self._has_eval_calls and any(map(self._holds, self._stepped_before)):
+            name = type(self._model).__name__
+            raise InvalidInputError(f"the training calls methods of {name}, {_NO_HOOKS}")
         self._root_hook = add_hook(module, self._before_forward, is_before=True)
         self._on_call(module, args, kwargs)
 
@@ -176,6 +195,9 @@ class Watch:
         """
         if any(isinstance(p, nn.UninitializedParameter) for p in self._model.parameters()):
             return False
+        if self._survey is None:
+            self._survey = survey(self._model, args, kwargs)
+            self._batches.batch_dim = self._survey.batch_dim
         if not self._config.needs_first or self._no_probe is not None:
             return True
         try:
@@ -195,6 +217,9 @@ class Watch:
         rank, num_ranks = process_rank(os.environ)
         needs_probe = self._config.needs_first and self._no_probe is None
         probe = self._batches.probe(rank) if needs_probe else None
+        if probe is not None and self._config.chooses:
+            self._no_probe = why_no_probe(self._model, probe)
+            probe = probe if self._no_probe is None else None
         others: dict[str, Any] = {}
         if num_ranks > 1:
             others["options"] = {"config": {"launch": launch_key(os.environ)}}
@@ -224,18 +249,33 @@ class Watch:
         Raises:
             OutputChoiceError: If a file asks for what cannot be measured.
         """
+        if self._config.chooses:
+            assert self._survey is not None  # It is made before examples are collected.
+            bounds, self._left_out = bounded(
+                config,
+                self._model,
+                self._survey.num_calls,
+                batch_dim=self._survey.batch_dim,
+                store=self._config.store,
+            )
+        else:
+            bounds = config
         try:
-            return config.recorder(self._model)
+            return bounds.recorder(self._model)
         except OutputChoiceError as error:
             if not self._config.chooses:
                 raise
             tell(f"what is made of the model's outputs is left out: {error}")
-            return config.without_outputs().recorder(self._model)
+            return bounds.without_outputs().recorder(self._model)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._recorder is not None
         self._recorder.attach(optimizer)
         self._is_attached, self._hand_steps = True, None
+        outside = trained_outside(self._model, optimizer)
+        if outside is not None:
+            tell(outside)
+            self._recorder.note_missed(outside)
 
     def _tell_of(self, recorder: Recorder, probe: Probe | None) -> None:
         name = type(self._model).__name__
@@ -244,6 +284,12 @@ class Watch:
             line += f", on {probe.num_examples} examples of the first batches"
         elif self._no_probe is not None:
             line += f", in band: {self._no_probe}"
+        num_bytes = recorder.estimate().step_bytes
+        if probe is not None:  # In band the batches decide it.
+            line += f", {size_text(num_bytes)} a step"
+        if self._left_out:
+            line += f"; left out: {', '.join(self._left_out)}"
+            recorder.note_missed(f"left out: {', '.join(self._left_out)}")
         if self._num_steps:
             line += f"; from step {self._num_steps} on, as these came late"
         tell(line)
@@ -263,6 +309,8 @@ class Watch:
         if self._is_attached or not self._step_calls.enter():
             return
         self._optimizer = optimizer
+        if self._root is None and all(optimizer is not one for one in self._stepped_before):
+            self._stepped_before.append(optimizer)
         if self._root is None or not self._holds(optimizer):
             return
         if self._recorder is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from ._watch import Watch
 
 
+_STORES = re.compile(r"gram|full|sketch:[1-9]\d*")
+
+
 @dataclass(frozen=True)
 class Launch:
     """What is to be run, and how it is recorded.
@@ -41,6 +45,7 @@ class Launch:
         every: The distance of due steps; None is log-spaced.
         examples: How many examples of the first batches are the probe; None takes what the first
             batches hold.
+        store: The form kept of activations: `gram`, `full` or `sketch:N`; None is `gram`.
     """
 
     target: str
@@ -51,6 +56,7 @@ class Launch:
     layers: Sequence[str] = ()
     every: int | None = None
     examples: int | None = None
+    store: str | None = None
 
     @property
     def name(self) -> str:
@@ -73,6 +79,10 @@ def check(launch: Launch) -> None:
         raise InvalidInputError(f"`--every` (={launch.every}) must be >= 1")
     if launch.examples is not None and launch.examples < 2:
         raise InvalidInputError(f"`--examples` (={launch.examples}) must be >= 2")
+    if launch.store is not None and launch.config is not None:
+        raise InvalidInputError("`--store` beside `--config`; say `store:` in the file")
+    if launch.store is not None and not _STORES.fullmatch(launch.store):
+        raise InvalidInputError(f"`--store` (={launch.store}) must be gram, full or sketch:N")
     is_first = os.environ.get("RANK", "0") == "0"
     if launch.config is None:
         if is_first and launch.out is not None and (launch.out / RUN_FILE).exists():

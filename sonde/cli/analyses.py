@@ -13,7 +13,7 @@ from sonde.exceptions import InvalidInputError
 
 from . import results
 from .console import plural, working
-from .options import CsvPath, FigurePath, RunPath, RunPaths, Source, open_all
+from .options import CsvPath, FigurePath, Rank, RunPath, RunPaths, Source, open_all, open_one
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +49,7 @@ def cka(
         typer.Option(metavar="GLOB", help="Only these layers; repeat it, or separate by commas."),
     ] = None,
     source: Source = None,
+    rank: Rank = None,
     biased: Annotated[bool, typer.Option("--biased", help="The biased estimator.")] = False,
     figure: FigurePath = None,
     csv: CsvPath = None,
@@ -63,15 +64,15 @@ def cka(
         sonde cka runs/seed0 runs/seed1 --figure cka.png
         sonde cka runs/seed0 --step 0 --other-step -1
         sonde cka runs/seed0 --layers "conv*,fc" --csv cka.csv
+        sonde cka runs/seed0 --rank 0
     """
     from sonde import analysis
-    from sonde.log import open_run
 
     results.check_figure(figure)
     with working("comparing layers"):
         similarity = analysis.cka(
-            open_run(run),
-            None if other is None else open_run(other),
+            open_one(run, rank),
+            None if other is None else open_one(other, rank),
             step=step,
             other_step=other_step,
             layers=None if layers is None else _split(layers),
@@ -104,6 +105,7 @@ def stiffness(
         str | None, typer.Option(metavar="N,N", help="Recorded steps; -1 is the last.")
     ] = None,
     source: Source = None,
+    rank: Rank = None,
     figure: FigurePath = None,
     csv: CsvPath = None,
 ) -> None:
@@ -122,7 +124,7 @@ def stiffness(
     from sonde import analysis
 
     results.check_figure(figure)
-    opened = open_all(runs)
+    opened = open_all(runs, rank)
     chosen = None if steps is None else _numbers(steps)
     found = {}
     with working("stiffness", total=len(opened)) as start:
@@ -157,6 +159,7 @@ def boundary(
         int | None, typer.Option(help="Recorded step; default: all of one run, or the last.")
     ] = None,
     source: Source = None,
+    rank: Rank = None,
     figure: FigurePath = None,
     draw: Annotated[Drawing, typer.Option(help="What --figure draws.")] = Drawing.PLANES,
     csv: CsvPath = None,
@@ -175,7 +178,7 @@ def boundary(
     from sonde import analysis
 
     results.check_figure(figure)
-    opened = open_all(runs)
+    opened = open_all(runs, rank)
     _check_drawing(draw, len(opened))
     at = -1 if step is None else step
     steps = None if len(opened) == 1 and step is None else [at]

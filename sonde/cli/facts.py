@@ -144,7 +144,12 @@ def _layers(run: Run, logs: list[MeasureLog]) -> list[Facts]:
         for layer, field in log.streams:
             if layer is None:
                 continue
-            stream = last.get((layer, field)) or log.describe(log[layer].steps[-1])[layer, field]
+            # Some fields are in some records only.
+            stream = last.get((layer, field)) or next(
+                described[layer, field]
+                for step in reversed(log[layer].steps)
+                if (layer, field) in (described := log.describe(step))
+            )
             kept[layer].append(
                 {
                     "measure": log.measure,

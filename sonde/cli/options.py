@@ -24,6 +24,12 @@ Source = Annotated[
     str | None,
     typer.Option(help="Source of the examples, where a measure has several.", show_default=False),
 ]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Only what this rank recorded; default: all ranks.", show_default=False
+    ),
+]
 FigurePath = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .pdf, .svg.", show_default=False)
 ]
@@ -33,15 +39,21 @@ CsvPath = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def open_all(paths: Sequence[Path]) -> dict[str, Run]:
-    """Open runs, each once, by their name, or by their path where names repeat."""
+def open_one(path: Path, rank: int | None) -> Run:
+    """Open a run, or what one of its ranks recorded."""
     from sonde.log import open_run
 
+    run = open_run(path)
+    return run if rank is None else run.rank(rank)
+
+
+def open_all(paths: Sequence[Path], rank: int | None = None) -> dict[str, Run]:
+    """Open runs, each once, by their name, or by their path where names repeat."""
     with working("opening", total=len(paths)) as start:
         opened = {}
         for path in dict.fromkeys(paths):
             start(str(path))
-            opened[path] = open_run(path)
+            opened[path] = open_one(path, rank)
     names = [run.name for run in opened.values()]
     is_unique = len(set(names)) == len(names)
     return {run.name if is_unique else str(path): run for path, run in opened.items()}

@@ -55,23 +55,42 @@ def run_script(
             metavar="N", help="Wait for N examples of the first batches; default: 16 or more."
         ),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Form kept of activations: gram, full or sketch:N; default: gram.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a training script, unedited, and record its training.
 
     The script runs as by python: same output, weights and exit code. Its first batches become the
     probe, on which the activations of its model are recorded; where they cannot, the training
     itself is recorded. What is recorded is said in one line on stderr, and so is why, if nothing
-    is. It works under torchrun and accelerate launch, too: torchrun -m sonde run train.py.
+    is. It works under torchrun and accelerate launch, too: torchrun -m sonde run train.py. There
+    each rank records examples of its own: sonde cka compares layers over all of them where --store
+    is full, and rank by rank with its --rank.
 
     Examples:
         sonde run train.py
         sonde run --out runs/a --every 100 train.py --epochs 2
+        sonde run --store full train.py
         sonde run --config sonde.yaml -m project.train
     """
     from sonde.integrations.launcher import Launch, check
 
     launch = Launch(
-        script[0], tuple(script[1:]), module, out, config, tuple(layers or ()), every, examples
+        script[0],
+        tuple(script[1:]),
+        module,
+        out,
+        config,
+        tuple(layers or ()),
+        every,
+        examples,
+        store,
     )
     check(launch)
     _leave(launch)

@@ -72,8 +72,8 @@ class Examples:
                 ranks = ", ".join(str(share.writer.rank) for share in shares)
                 raise MismatchError(
                     f"{self._label} holds products of examples of one rank each (ranks {ranks}), "
-                    "none between ranks; read one by run.rank(…), or record with store=Sketch() "
-                    "or Full() to have all of them"
+                    "none between ranks; read one by run.rank(…), --rank in the shell, or record "
+                    "with store=Sketch() or Full(), --store full in the shell, to have all of them"
                 )
             each = [_require(share.ids(self._source)) for share in shares]
             axis = dims.index(_EXAMPLE)
