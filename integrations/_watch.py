@@ -309,8 +309,6 @@ class Watch:
         if self._is_attached or not self._step_calls.enter():
             return
         self._optimizer = optimizer
-        if self._root is None and all(optimizer is not one for one in self._stepped_before):
-            self._stepped_before.append(optimizer)
         if self._root is None or not self._holds(optimizer):
             return
         if self._recorder is not None:
@@ -325,6 +323,8 @@ class Watch:
         has_ended = self._step_calls.leave()
         if has_ended:
             self._optimizer = None
+        if self._root is None and all(optimizer is not one for one in self._stepped_before):
+            self._stepped_before.append(optimizer)
         if self._is_attached:
             self._before.remove()
             return
