@@ -81,6 +81,8 @@ def cka(
         )
     about = similarity.attrs
     estimator = "biased CKA" if biased else "debiased CKA"
+    if "standard_error" in similarity.coords:
+        estimator = f"{'biased ' if biased else ''}CKA corrected for the sketch"
     sides = dict.fromkeys(
         [f"{run}, step {about['step']}", f"{other or run}, step {about['other_step']}"]
     )

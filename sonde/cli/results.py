@@ -29,7 +29,8 @@ def print_cka(similarity: xr.DataArray, title: str) -> None:
     layers, others = _names(similarity, "layer"), _names(similarity, "other_layer")
     out.print(title)
     name_width = max(len(name) for name in layers)
-    fits = 4 + name_width + 6 * len(others) <= out.width
+    width = 12 if "standard_error" in similarity.coords else 6
+    fits = 4 + name_width + width * len(others) <= out.width
     if fits and max(len(layers), len(others)) <= MAX_MATRIX_LAYERS:
         _print_matrix(similarity, layers, others)
         return
@@ -43,13 +44,20 @@ def print_cka(similarity: xr.DataArray, title: str) -> None:
 def _print_matrix(similarity: xr.DataArray, layers: list[str], others: list[str]) -> None:
     out = console()
     numbers = [str(column) for column in range(len(others))]
-    rows = [
-        [str(row), name, *(number_text(value) for value in similarity.values[row])]
-        for row, name in enumerate(layers)
-    ]
+    rows = [[str(row), name, *_with_errors(similarity, row)] for row, name in enumerate(layers)]
     out.print(table(("", "layer", *numbers), rows, right=["", *numbers]))
     if others != layers:
         out.print("columns: " + ", ".join(f"{n} {name}" for n, name in enumerate(others)))
+
+
+def _with_errors(similarity: xr.DataArray, row: int) -> list[str]:
+    """Write the values of a row, with ± the standard error where there is one."""
+    texts = [number_text(value) for value in similarity.values[row]]
+    if "standard_error" not in similarity.coords:
+        return texts
+    errors = similarity["standard_error"].values[row]
+    pairs = zip(texts, errors, strict=True)
+    return [f"{text} ±{number_text(error)}" if error > 0 else text for text, error in pairs]
 
 
 def _print_most_similar(similarity: xr.DataArray, layers: list[str], others: list[str]) -> None:

@@ -114,10 +114,12 @@ def _sum_of_products(
         for start in range(0, values.shape[1], _FEATURES):
             left = values[:, start : start + _FEATURES].astype(np.float64)
             if relative:
-                left -= _finite_means(left)
+                with np.errstate(invalid="ignore"):
+                    left -= _finite_means(left)
             same = others is values
             right = left if same else others[:, start : start + _FEATURES].astype(np.float64)
-            total += left @ right.T
+            with np.errstate(invalid="ignore", over="ignore"):  # Values that are not finite.
+                total += left @ right.T
     assert total is not None  # There is at least one array.
     return total
 
