@@ -13,16 +13,16 @@ import torch
 
 from . import measures as measure_types
 from .config import Config, as_config, recorder_options
+from .config_losses import to_loss
+from .config_places import Place
 from .config_sources import Sources
 from .config_values import (
     Converter,
-    Place,
     checked,
     construct,
     hints_of,
     name_and_arguments,
     to_layers,
-    to_loss,
     to_output,
     to_schedule,
     to_store,
@@ -57,6 +57,12 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     holds arguments of `Config` and of `Recorder`, and under `probes` sources of examples by name:
     `test: {entry: "data.py:make_probe"}`. Measures that do not say their probe, loss or output take
     `probe`, `loss` and `output` of the top level.
+
+    A loss is a function of `torch.nn.functional` or a module of `torch.nn`, by its dotted name; a
+    module type among `layers` is one that is imported already. **An `entry` runs code**: it imports
+    the module or file that it names, when the configuration is read, and calls what makes a source.
+    What it runs is said on stderr before. Nothing else in a configuration file runs anything, so
+    read those of others for `entry` before you load them.
 
     Args:
         path: The file.
@@ -226,6 +232,8 @@ def _read_yaml(place: Place) -> Mapping[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise place.error(f"this is no YAML{line}: {error.problem}") from error
+    except RecursionError:
+        raise place.error("it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise place.error(f"this is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, Mapping):

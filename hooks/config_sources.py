@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config_values import Place, construct, entry
+from .config_imports import entry
+from .config_places import Place
+from .config_values import construct
 from .probes import Probe
 from .random_states import RandomStates
 from .training import TRAINING, Training

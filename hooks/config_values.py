@@ -7,24 +7,19 @@ it needs none, as its name, `gram`. What it takes is read from its signature.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import importlib.util
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from sonde.exceptions import InvalidInputError, SondeError
-
+from .config_imports import entry, imported
+from .config_places import Place
 from .schedule import Schedule, at, epochs, every, log_spaced
 from .scores import Output
 from .select import Selector
@@ -38,55 +33,6 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
 STORES: Mapping[str, Callable[..., Any]] = {
     kind.__name__.lower(): kind for kind in (Gram, Sketch, Full)
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value stands in a file.
-
-    Attributes:
-        file: The file.
-        keys: The keys on the way to the value.
-    """
-
-    file: Path
-    keys: str = ""
-
-    def below(self, key: str | int) -> Place:
-        """Return the place of an entry of the value."""
-        if isinstance(key, int):
-            return Place(self.file, f"{self.keys}[{key}]")
-        return Place(self.file, f"{self.keys}.{key}" if self.keys else key)
-
-    def error(self, problem: object) -> InvalidInputError:
-        """Return an error that says where something is wrong."""
-        return _PlacedError(": ".join([str(self.file), *filter(None, [self.keys]), str(problem)]))
-
-    def unexpected(self, given: object, expected: str) -> InvalidInputError:
-        """Return the error of a value of another kind than expected."""
-        return self.error(f"got {given!r}; expected {expected}")
-
-    def unknown(self, name: object, known: Sequence[str], what: str) -> InvalidInputError:
-        """Return the error of a name that is not known, with those that are near."""
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"near: {', '.join(near)}" if near else f"expected one of: {', '.join(known)}"
-        return self.error(f"got {name!r}, which is no {what}; {hint}")
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Say in errors of what is called within where in the file their cause stands.
-
-        Raises:
-            InvalidInputError: In place of any `SondeError`.
-        """
-        try:
-            yield
-        except SondeError as error:
-            raise error if isinstance(error, _PlacedError) else self.error(error) from error
-
-
-class _PlacedError(InvalidInputError):
-    """An error that says its place already."""
 
 
 Converter = Callable[[Any, Place], Any]
@@ -165,55 +111,6 @@ def checked(value: Any, hint: Any, place: Place) -> Any:
     return value
 
 
-def dotted(name: str, place: Place) -> Any:
-    """Import what a dotted name, such as `torch.nn.functional.cross_entropy`, stands for.
-
-    Raises:
-        InvalidInputError: If there is no such module, or nothing of this name in it.
-    """
-    module_name, _, rest = name.rpartition(".")
-    while module_name:
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # It may be a class; but a module that lacks one that it imports is something else.
-            if not f"{module_name}.".startswith(f"{error.name}."):
-                raise place.error(f"cannot import {module_name}: {error}") from error
-            module_name, _, last = module_name.rpartition(".")
-            rest = f"{last}.{rest}"
-            continue
-        for part in rest.split("."):
-            if not hasattr(found, part):
-                raise place.unknown(part, dir(found), f"name in {found.__name__}")
-            found = getattr(found, part)
-        return found
-    raise place.unexpected(name, "the dotted name of something that can be imported")
-
-
-def entry(name: str, place: Place) -> Any:
-    """Import `package.module:function`, or `file.py:function` relative to the file's folder.
-
-    Raises:
-        InvalidInputError: If there is no such file, module or function.
-    """
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise place.unexpected(name, "`package.module:function` or `file.py:function`")
-    if not source.endswith(".py"):
-        return dotted(f"{source}.{attribute}", place)
-    path = place.file.parent / source
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise place.error(f"there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    # Its classes are looked up by the name of their module, when they are pickled, for example.
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
-        raise place.unknown(attribute, dir(module), f"name in {path}")
-    return getattr(module, attribute)
-
-
 def to_schedule(given: Any, place: Place) -> Schedule:
     """Make a schedule: `{every: 100}`, `log_spaced`, or a list whose entries are combined.
 
@@ -267,46 +164,36 @@ def to_layers(given: Any, place: Place) -> Selector | list[Selector]:
     return _selector(given, place)
 
 
-def to_loss(given: Any, place: Place) -> Any:
-    """Import a loss by its dotted name; a module class is made, with `{name: arguments}` if given.
-
-    Raises:
-        InvalidInputError: If it cannot be called.
-    """
-    name, arguments = name_and_arguments(given, place, "the dotted name of a loss")
-    found = entry(name, place) if ":" in name else dotted(name, place)
-    if isinstance(found, type):
-        found = construct(found, arguments, place)
-    elif arguments is not None:
-        raise place.unexpected(arguments, f"no arguments, as {name} is a function")
-    if not callable(found):
-        raise place.unexpected(given, "a function of (outputs, targets)")
-    return found
-
-
 def to_output(given: Any, place: Place) -> Output:
-    """Return which output of a model is meant; `file.py:function` is imported.
+    """Return which output of a model is meant; an `entry` is a function that chooses it.
 
     Raises:
         InvalidInputError: If it is neither text nor a whole number.
     """
+    if isinstance(given, Mapping) and list(given) == ["entry"]:
+        found: Output = entry(given["entry"], place.below("entry"))
+        return found
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise place.unexpected(given, "the name, position or path of an output, such as logits")
-    if isinstance(given, int) or ":" not in given:
-        return given
-    found: Output = entry(given, place)
-    return found
+    if isinstance(given, str) and ":" in given:
+        raise place.unexpected(
+            given, f"the name or path of an output; a function is written as {{entry: {given}}}"
+        )
+    return given
 
 
 def _selector(given: Any, place: Place) -> Selector:
+    if isinstance(given, Mapping) and list(given) == ["entry"]:
+        chosen: Selector = entry(given["entry"], place.below("entry"))
+        return chosen
     if not isinstance(given, str):
         raise place.unexpected(given, "a glob over layer names, or a module type by dotted name")
-    root, _, last = given.partition(".")[0], None, given.rpartition(".")[2]
+    root, last = given.partition(".")[0], given.rpartition(".")[2]
     # Names of layers seldom end in a capitalised part; one that does can be written as a glob.
     is_type = "." in given and last[:1].isupper() and given.replace(".", "").isidentifier()
     if not is_type or (root not in sys.modules and importlib.util.find_spec(root) is None):
         return given
-    found = dotted(given, place)
+    found = imported(given, place)
     if not isinstance(found, type) or not issubclass(found, nn.Module):
         raise place.unexpected(given, "a module type")
     return found

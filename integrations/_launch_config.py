@@ -11,7 +11,8 @@ from sonde.exceptions import RunExistsError
 from sonde.hooks import Config, Full, Gram, Probe, Sketch, every
 from sonde.hooks.config import as_config
 from sonde.hooks.config_file import ConfigFile, read_config
-from sonde.hooks.config_values import Place, to_layers
+from sonde.hooks.config_places import Place
+from sonde.hooks.config_values import to_layers
 from sonde.hooks.stores import Store
 from sonde.log.layout import RUN_FILE
 

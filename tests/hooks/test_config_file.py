@@ -319,10 +319,13 @@ def test_the_first_batches_stand_in_where_a_measure_names_no_examples(tmp_path: 
         ("planes: many", r"planes: got 'many'; expected a whole number"),
         (
             "loss: torch.nn.functional.cross_entrop",
-            r"loss: .* no name in .*; near: .*cross_entropy",
+            r"loss: .* no loss of torch.nn.functional .*near: .*functional.cross_entropy",
         ),
         ("loss: 3", r"loss: got 3; expected the dotted name of a loss"),
-        ("loss: nowhere.loss", r"loss: got 'nowhere.loss'; expected the dotted name of something"),
+        (
+            "loss: nowhere.loss",
+            r"loss: got 'nowhere.loss', which is no loss .*`{entry: file",
+        ),
         ("probe: {entry: 'probes.py:prob'}", r"probe.entry: got 'prob', .* near: probe"),
         ("probe: {entry: 'none.py:probe'}", r"probe.entry: there is no file .*none.py"),
         ("probe: {entry: 'probes.py'}", r"probe.entry: got 'probes.py'; expected `package.module"),
@@ -369,3 +372,62 @@ def test_a_file_needs_a_mapping_and_a_path(tmp_path: Path) -> None:
 
 def test_the_loader_leaves_yaml_as_it_is() -> None:
     assert yaml.safe_load("{a: 1, a: 2}") == {"a": 2}
+
+
+def test_loading_runs_nothing_that_is_not_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text("raise SystemExit('it ran')\nclass Block: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for loss in (
+        "planted.loss",
+        "planted.py:loss",
+        "os.getcwd",
+        "{subprocess.Popen: {args: ['true']}}",
+        "torch.nn.functional.warnings.warn",
+        "torch.nn.Module",
+        "{torch.nn.Linear: {in_features: 1, out_features: 1}}",
+        "torch.nn.functional.relu",
+        "torch.hub.load",
+    ):
+        with pytest.raises(InvalidInputError, match=r"loss: got .* no loss of torch.nn"):
+            load(tmp_path, f"probe: training\nloss: {loss}\nmeasures: [example_gradients]\n")
+    with pytest.raises(InvalidInputError, match=r"planted.Block.* not imported yet.*{entry"):
+        load(tmp_path, "measures: [{activations: {source: training, layers: [planted.Block]}}]")
+    with pytest.raises(InvalidInputError, match=r"written as {entry: planted.py:f}"):
+        load(tmp_path, "probe: training\noutput: 'planted.py:f'\nmeasures: [predictions]\n")
+
+
+def test_an_entry_is_said_before_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "said.py").write_text(
+        "import sys\nprint('it runs', file=sys.stderr)\ndef loss(outputs, targets): return 0\n"
+    )
+    config = load(
+        tmp_path,
+        "probes: {p: {entry: 'probes.py:probe'}}\n"
+        "measures: [{example_gradients: {source: p, loss: {entry: 'said.py:loss'}}}]",
+    )
+    assert config.measures is not None
+    assert vars(config.measures[0])["loss"].__name__ == "loss"
+    *_, said, ran = capsys.readouterr().err.splitlines()
+    assert said.endswith("measures[0].example_gradients.loss.entry: runs said.py:loss")
+    assert (said.split(":")[0], ran) == ("sonde", "it runs")
+
+
+def test_arguments_that_a_loss_of_torch_refuses_are_told_with_their_place(tmp_path: Path) -> None:
+    text = "probe: training\nloss: {torch.nn.CrossEntropyLoss: {weight: [1, 2]}}\n"
+    with pytest.raises(InvalidInputError, match=r"loss: torch.nn.CrossEntropyLoss cannot be made"):
+        load(tmp_path, text + "measures: [example_gradients]\n")
+
+
+def test_yaml_that_grows_without_end_and_depth_without_end_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    with pytest.raises(InvalidInputError, match="no entry of a configuration"):
+        load(tmp_path, "\n".join(lines))
+    bomb = "probes:\n" + "\n".join(f"  {line}" for line in lines) + "\nprobe: a39\n"
+    with pytest.raises(InvalidInputError, match=r"probes.a39: got \[\[.*; expected"):
+        load(tmp_path, bomb)
+    with pytest.raises(InvalidInputError, match="nested too deeply"):
+        load(tmp_path, "path: " + "[" * 3000 + "]" * 3000)
