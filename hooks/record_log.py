@@ -8,6 +8,7 @@ from typing import Any
 
 from sonde.exceptions import SondeWarning
 from sonde.log import LogWriter
+from sonde.visible import visible_lines
 
 from .host_copies import wait_for_copies
 from .measures.base import Measure, Recording
@@ -96,7 +97,7 @@ class RecordLog:
             warnings.warn(f"sonde: {message}", SondeWarning, stacklevel=2)
         except SondeWarning:
             # The user turns warnings into errors; ours must not end the training.
-            print(f"sonde: {message}", file=sys.stderr)
+            print(f"sonde: {visible_lines(message)}", file=sys.stderr)
 
     def warn_of_trouble(self) -> None:
         """Warn of what keeps records from being written."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sonde.exceptions import InvalidInputError, RunExistsError
 from sonde.log.endings import why_ended
 from sonde.log.layout import RUN_FILE
+from sonde.visible import visible_lines
 
 if TYPE_CHECKING:
     from ._watch import Watch
@@ -144,7 +145,7 @@ def tell(message: str) -> None:
     """Say something in a line on stderr."""
     line = " ".join(message.split())
     try:
-        print(f"sonde: {line}", file=sys.stderr, flush=True)
+        print(f"sonde: {visible_lines(line)}", file=sys.stderr, flush=True)
     except (AttributeError, OSError, ValueError):  # There is no stderr, or it is closed.
         return
 

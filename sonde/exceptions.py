@@ -1,19 +1,31 @@
-"""The errors sonde raises: each is a `SondeError` and the builtin a caller would expect."""
+"""The errors sonde raises: each is a `SondeError` and the builtin a caller would expect.
+
+Their texts quote names, which may come from a log of somebody else; so what cannot be seen in them
+is shown as an escape.
+"""
+
+from .visible import TEXT_LENGTH, visible
 
 
 class SondeError(Exception):
     """Base of every error that sonde raises on purpose."""
 
+    def __str__(self) -> str:
+        return visible(super().__str__(), TEXT_LENGTH)
+
 
 class SondeWarning(UserWarning):
     """Something could not be recorded; the training is not affected."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__(), TEXT_LENGTH)
 
 
 class _LookupMessage(SondeError, KeyError):
     """A `KeyError` whose text is the message itself, without the quotes `KeyError` adds."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
+        return visible(self.args[0], TEXT_LENGTH) if self.args else ""
 
 
 class InvalidInputError(SondeError, ValueError):

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, SondeError
 from sonde.log import MeasureLog, Run, open_run
+from sonde.visible import visible, visible_lines
 
 from ._events import EventWriter, event_file
 
@@ -54,7 +55,8 @@ def export(
         The folder to give to `tensorboard --logdir`.
 
     Raises:
-        InvalidInputError: If `max_images` < 0, or the run has no records yet.
+        InvalidInputError: If `max_images` < 0, the run has no records yet, or no `logdir` is given
+            and the run cannot be written.
         SondeError: If tensorboard is not installed.
 
     Example::
@@ -67,6 +69,11 @@ def export(
     if not opened.measures:
         raise InvalidInputError(f"run '{opened.name}' has no records yet: nothing to export")
     folder = opened.path / "tensorboard" if logdir is None else Path(logdir)
+    if logdir is None and not _can_write(folder):
+        raise InvalidInputError(
+            f"{folder} cannot be written; give another folder for the events: --logdir DIR "
+            "(export(run, logdir))"
+        )
     with event_file(folder) as writer:
         for measure in opened.measures:
             sources = opened.sources(measure)
@@ -82,6 +89,12 @@ def export(
                         on_part(f"{measure} of {source}")
                     _write(part, opened[measure, source], page)
     return folder
+
+
+def _can_write(folder: Path) -> bool:
+    """Tell whether a folder can be written, or made where it is not there."""
+    there = folder if folder.exists() else folder.parent
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,8 @@ class _Page:
             self.writer.image(self._tag(group, name), png, size, step, self._seconds(step))
 
     def _tag(self, group: str, name: str) -> str:
-        return "/".join([group, name] if self.source is None else [group, self.source, name])
+        parts = [group, name] if self.source is None else [group, self.source, name]
+        return "/".join(visible(part) for part in parts)
 
     def _seconds(self, step: int) -> float:
         return self.log.time(step) or time.time()
@@ -125,7 +139,9 @@ def _write(part: Callable[[MeasureLog, _Page], None], log: MeasureLog, page: _Pa
     except SondeError as error:
         what = part.__name__.removeprefix("_write_").replace("_", " ")
         warnings.warn(
-            f"{what} of '{log.source}' in run '{log.run.name}' is not exported: {error}",
+            visible_lines(
+                f"{what} of '{log.source}' in run '{log.run.name}' is not exported: {error}"
+            ),
             RuntimeWarning,
             stacklevel=3,
         )

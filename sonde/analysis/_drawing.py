@@ -14,6 +14,8 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from sonde.visible import visible
+
 Values = npt.NDArray[Any]  # Any: heat maps show integers and floats.
 LineStyle = Literal["-", "--", ":"]
 
@@ -33,7 +35,23 @@ _CLASS_COLORS = (
     "#882255",
     "#DDDDDD",
 )
+_MAX_INCHES = 60.0  # Of a heat map; more than that no renderer has memory for.
+_NAME_LENGTH = 60
 _MISSING = "0.85"  # Light grey: NaN cells of a heat map.
+
+
+def label(text: object) -> str:
+    r"""Return a name as matplotlib draws it letter by letter: without mathematics, not too long.
+
+    `$` begins a formula, and matplotlib's parser ends at one that is none. `\$` is a dollar.
+    """
+    return visible(text, _NAME_LENGTH).replace("$", r"\$")
+
+
+def legend_label(text: object) -> str:
+    """Return a name for a legend, which leaves out names that begin with an underscore."""
+    shown = label(text)
+    return f"\u200a{shown}" if shown.startswith("_") else shown
 
 
 def heat_map_figure(
@@ -43,7 +61,8 @@ def heat_map_figure(
 
     The panels share their rows. `cell` is the largest size of a cell in inches.
     """
-    cell = min(cell, max(0.15, 6.0 / max(len(rows), len(columns))))
+    most = max(len(rows), len(columns))
+    cell = min(cell, max(0.15, 6.0 / most), _MAX_INCHES / most)
     size = _name_size(rows, columns)
     # An average character is about 0.6 times as wide as it is high; 72 points are an inch.
     margins = [max(len(name) for name in names) * 0.6 * size / 72 for names in (rows, columns)]

@@ -223,7 +223,7 @@ def _num_examples(log: MeasureLog, sizes: list[int], unbiased: bool) -> int:
 def _features_of(log: MeasureLog) -> str:
     """Say what was compared: flattened or pooled feature maps, and from which store."""
     stores = sorted({field for _, field in log.streams} - set(BESIDE.values()))
-    for measure in log.run.info.get("measures", []):
+    for measure in log.run.info.get("measures") or []:
         if (measure.get("measure"), measure.get("source")) == (log.measure, log.source):
             return f"{measure.get('features', 'as recorded')} ({', '.join(stores)})"
     return f"as recorded ({', '.join(stores)})"

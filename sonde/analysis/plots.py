@@ -33,7 +33,9 @@ from ._drawing import (
     color_bar,
     heat_map,
     heat_map_figure,
+    label,
     legend,
+    legend_label,
     line,
     line_colors,
     numbers,
@@ -206,10 +208,10 @@ def decision_planes(
     for panel_row, planes in zip(panels, rows, strict=True):
         for panel, triplet in zip(panel_row, chosen, strict=True):
             _plane(panel, planes, triplet, colors)
-        panel_row[0].set_ylabel(planes.name)
+        panel_row[0].set_ylabel(label(planes.name))
     for panel, triplet in zip(panels[0], chosen, strict=True):
         panel.set_title(f"triplet {triplet}", fontsize="medium")
-    patches = [Patch(color=colors(label), label=str(label)) for label in shown]
+    patches = [Patch(color=colors(number), label=str(number)) for number in shown]
     figure.legend(
         handles=patches,
         loc="outside right upper",
@@ -376,20 +378,20 @@ def _named(results: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Datas
 def _name_handles(named: Mapping[str, xr.Dataset]) -> list[Line2D]:
     """Legend entries for the names of results; none for a single one without a name."""
     return [
-        Line2D([], [], color=color, label=name)
+        Line2D([], [], color=color, label=legend_label(name))
         for color, name in zip(line_colors(len(named)), named, strict=True)
         if name
     ]
 
 
 def _names(values: xr.DataArray) -> list[str]:
-    return [str(value) for value in values.values.tolist()]
+    return [label(value) for value in values.values.tolist()]
 
 
 def _of(similarity: xr.DataArray, side: str) -> str:
     """Say which run and step a side of a CKA map is, as far as its attributes know."""
     run, step = similarity.attrs.get(f"{side}run"), similarity.attrs.get(f"{side}step")
-    return "" if run is None else f" of {run}, step {step}"
+    return "" if run is None else f" of {label(run)}, step {label(step)}"
 
 
 def _cka_name(similarity: xr.DataArray) -> str:

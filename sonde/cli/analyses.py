@@ -12,7 +12,7 @@ import typer
 from sonde.exceptions import InvalidInputError
 
 from . import results
-from .console import plural, working
+from .console import plural, say, working
 from .options import CsvPath, FigurePath, Rank, RunPath, RunPaths, Source, open_all, open_one
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def stiffness(
         parameters = f"layer {layer}, {parameters}"
     examples = plural(about["num_examples"], "example")
     where = f"{', '.join(found)}, {examples} of '{about['source']}'"
-    typer.echo(f"stiffness {grouped}, {parameters}: {where}")
+    say(f"stiffness {grouped}, {parameters}: {where}")
     results.print_stiffness(found)
     if csv is not None:
         columns = [*results.stiffness_columns(found), "num_zero_gradients"]
@@ -191,7 +191,7 @@ def boundary(
             regions[name] = analysis.fragmentation(run, steps=steps, source=source)
     first = next(iter(regions.values()))
     planes = plural(first.sizes["triplet"], "plane")
-    typer.echo(f"decision regions: {', '.join(regions)}, {planes} of '{first.attrs['source']}'")
+    say(f"decision regions: {', '.join(regions)}, {planes} of '{first.attrs['source']}'")
     results.print_fragmentation(regions)
     if len(opened) > 1:
         with working("comparing planes"):

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from sonde.exceptions import SondeError
+from sonde.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 PIPED_WIDTH = 120
+
+LINE_LENGTH = 20_000
+"""How many characters of a line are shown."""
+
+CELL_LENGTH = 400
+"""How many characters of a cell are shown."""
 
 _FOLDED_WIDTH = 20
 
@@ -47,7 +55,7 @@ class Group(TyperGroup):
             except BrokenPipeError:  # Whoever read the output has enough: no error of ours.
                 raise
             except (SondeError, OSError) as error:
-                typer.echo(f"sonde: {_one_line(error)}", err=True)
+                say(f"sonde: {_one_line(error)}", err=True)
                 raise typer.Exit(1) from None
 
 
@@ -67,10 +75,43 @@ def help_of(function: Callable[..., object]) -> str:
 
 def console() -> Console:
     """Return the console of the results: without colours and wide enough when it is a pipe."""
-    from rich.console import Console
-
     is_fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_fixed else PIPED_WIDTH, highlight=False, markup=False)
+    return _console_type()(
+        width=None if is_fixed else PIPED_WIDTH, highlight=False, markup=False, emoji=False
+    )
+
+
+@lru_cache(maxsize=1)
+def _console_type() -> type[Console]:
+    from rich.console import Console
+    from rich.text import Text
+
+    class VisibleConsole(Console):
+        """A console to which no text gets through that commands the terminal."""
+
+        def print(self, *objects: Any, **options: Any) -> None:  # Any: as its parent has it.
+            """Print texts and tables; texts so that every character can be seen."""
+            shown = [_line(item) if isinstance(item, str) else item for item in objects]
+            for item in shown:
+                if isinstance(item, Text):
+                    item.plain = _line(item.plain)
+            super().print(*shown, **options)
+
+    return VisibleConsole
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print a text in which every character can be seen.
+
+    Args:
+        text: The text.
+        err: Print it on stderr.
+    """
+    typer.echo(_line(text), err=err)
+
+
+def _line(text: object) -> str:
+    return visible(text, LINE_LENGTH)
 
 
 def table(
@@ -91,17 +132,19 @@ def table(
     from rich import box
     from rich.table import Table
 
-    cells = list(rows)
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    columns = [visible(name) for name in columns]
     made = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title=title,
+        title=None if title is None else visible(title),
         title_justify="left",
         title_style="bold",
         header_style="bold",
     )
+    right = [visible(name) for name in right]
     widths = _column_widths(columns, cells, right, console().width)
     for name, width in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "right" if name in right else "left"
@@ -109,6 +152,13 @@ def table(
     for row in cells:
         made.add_row(*row)
     return made
+
+
+def _cell(cell: str | Text) -> str | Text:
+    if isinstance(cell, str):
+        return visible(cell, CELL_LENGTH)
+    cell.plain = visible(cell.plain, CELL_LENGTH)
+    return cell
 
 
 def _column_widths(
@@ -156,12 +206,13 @@ def working(text: str, total: int | None = None) -> Iterator[Callable[[str], Non
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        text = visible(text)
         task = bar.add_task(text, total=total)
         num_started = 0
 
         def start(part: str) -> None:
             nonlocal num_started
-            bar.update(task, description=f"{text}: {part}", completed=num_started)
+            bar.update(task, description=f"{text}: {visible(part)}", completed=num_started)
             num_started += 1
 
         yield start
@@ -218,7 +269,7 @@ def iso_time(timestamp: float) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"sonde: warning: {_one_line(message)}", err=True)
+    say(f"sonde: warning: {_one_line(message)}", err=True)
 
 
 def _one_line(message: object) -> str:

@@ -11,7 +11,7 @@ import typer
 from sonde.exceptions import InvalidInputError
 from sonde.sizes import size_text
 
-from .console import plural, working
+from .console import plural, say, working
 from .options import RunPath
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def export(
         )
     written = open_run(out)
     num_records, num_bytes = _count(written)
-    typer.echo(
+    say(
         f"wrote {out}: {plural(num_records, 'record')}, {plural(len(written.layers), 'layer')}, "
         f"{size_text(out.stat().st_size)} (of {size_text(num_bytes)}, {chosen})"
     )

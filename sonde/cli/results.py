@@ -145,7 +145,8 @@ def print_reproducibility(result: xr.Dataset, labels: Sequence[str]) -> None:
     percent = f"{100 * result.attrs['confidence']:.0f} % interval"
     names = ("agreement", percent, "chance", "kappa")
     out = console()
-    out.print("\nreproducibility: fraction of the planes where two runs predict the same class")
+    out.print()
+    out.print("reproducibility: fraction of the planes where two runs predict the same class")
     out.print(table(("run", "other run", *names), rows, right=names))
 
 

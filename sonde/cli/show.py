@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sonde.sizes import size_text
+from sonde.visible import TEXT_LENGTH, visible
 
 from .console import (
     age_text,
@@ -230,9 +231,9 @@ def _section(out: Console, title: str, lines: Sequence[str]) -> None:
 
     if not lines:
         return
-    out.print(Text(title, style="bold"))
+    out.print(Text(visible(title), style="bold"))
     for line in dict.fromkeys(lines):  # Every attempt notes what it lacks.
-        out.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+        out.print(Padding(Text(visible(line, TEXT_LENGTH)), (0, 0, 0, 2), expand=False))
     out.print()
 
 
