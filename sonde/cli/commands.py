@@ -18,7 +18,7 @@ import typer
 from sonde.exceptions import InvalidInputError, RunNotFoundError
 
 from .analyses import boundary, cka, stiffness
-from .console import Group, help_of, working
+from .console import Group, help_of, say, working
 from .export import export
 from .options import Json, RunPath, RunPaths, open_all, use_no_window
 from .run import Launched, run_script
@@ -111,7 +111,7 @@ def ls(
     elif overviews:
         print_overviews(overviews)
     else:
-        typer.echo(f"no runs at or below {', '.join(str(root) for root in roots)}", err=True)
+        say(f"no runs at or below {', '.join(str(root) for root in roots)}", err=True)
 
 
 def show(
@@ -171,8 +171,8 @@ def tensorboard(
         folder = None if logdir is None else logdir / name
         with working(name) as start:
             folders[name] = write_events(run, folder, max_images=10 if images else 0, on_part=start)
-        typer.echo(f"wrote {folders[name]}")
-    typer.echo(_tensorboard_line(folders, logdir))
+        say(f"wrote {folders[name]}")
+    say(_tensorboard_line(folders, logdir))
 
 
 def seal(runs: RunPaths) -> None:
@@ -190,9 +190,9 @@ def seal(runs: RunPaths) -> None:
         with working(f"sealing {run}"):
             segments = seal_run(run)
         for segment in segments:
-            typer.echo(f"wrote {segment}")
+            say(f"wrote {segment}")
         if not segments:
-            typer.echo(f"{run}: nothing to seal")
+            say(f"{run}: nothing to seal")
 
 
 def verify(runs: RunPaths) -> None:
@@ -216,14 +216,14 @@ def verify(runs: RunPaths) -> None:
             damage = verify_run(run)
             unfinished = open_run(run).unfinished
         for item in damage:
-            typer.echo(f"{run}: {item}")
+            say(f"{run}: {item}")
         for item in unfinished:
-            typer.echo(
+            say(
                 f"{run}: {item}: it was being written when its process ended; nothing committed is "
                 "lost"
             )
         if not damage:
-            typer.echo(f"{run}: intact")
+            say(f"{run}: intact")
         is_damaged = is_damaged or bool(damage)
     if is_damaged:
         sys.exit(1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sonde.exceptions import DamageError, FormatError
+from sonde.exceptions import SondeError
+from sonde.visible import TEXT_LENGTH, visible
 
 from .console import iso_time
 
 if TYPE_CHECKING:
-    from sonde.log import MeasureLog, Run
+    from sonde.log import Damage, MeasureLog, Run
 
 Facts = dict[str, Any]  # Any: JSON values.
 
@@ -21,17 +22,21 @@ def overview(path: Path) -> Facts:
     Returns:
         `path`, `name`, `state`, `steps` (first and last, or empty), `measures`, `num_records`,
         `num_bytes` (of the log, on disk), `last_written` (ISO time) and `problem`.
-
-    Raises:
-        OSError: If it cannot be read.
     """
     from sonde.log import open_run
 
     try:
-        run = open_run(path)
-    except (FormatError, DamageError) as error:
-        return {"path": str(path), "name": path.name, "state": "unreadable", "problem": str(error)}
-    return _overview(run)
+        return _overview(open_run(path))
+    except (SondeError, OSError) as error:
+        problem = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            problem = f"{error.strerror}: {error.filename or path}"
+        return {
+            "path": str(path),
+            "name": path.name,
+            "state": "unreadable",
+            "problem": visible(problem, TEXT_LENGTH),
+        }
 
 
 def describe(run: Run) -> Facts:
@@ -83,8 +88,13 @@ def _overview(run: Run) -> Facts:
         ),
         "num_bytes": num_bytes,
         "last_written": iso_time(last_written),
-        "problem": None,
+        "problem": None if not run.damage else _problem(run.damage),
     }
+
+
+def _problem(damage: list[Damage]) -> str:
+    more = f" (and {len(damage) - 1} more; `sonde verify` lists them)" if len(damage) > 1 else ""
+    return f"damaged: {damage[0]}{more}"
 
 
 def _files(path: Path) -> tuple[int, float]:

@@ -18,16 +18,31 @@ import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
-from sonde.exceptions import FormatError
+from sonde.exceptions import DamageError, FormatError
 
+from .checked import (
+    COUNT,
+    DETAILS,
+    LIST,
+    MAX_SECONDS,
+    MAX_SEQUENCE,
+    SECONDS,
+    TEXT,
+    check,
+    check_event,
+    check_ids,
+    check_layout,
+    parse,
+)
 from .damage import Damage
-from .payload import ArrayEntry, Layout, padded, parse_layout
+from .payload import ArrayEntry, Layout, padded
 from .positioned import read_at
 
 FORMAT_VERSION = 1
@@ -169,9 +184,9 @@ def is_cut_off(read: Callable[[int, int], bytes | memoryview], offset: int, size
     _, _, arrays = rest.partition(b"\n")
     try:
         entries, end = json.JSONDecoder().raw_decode(arrays.decode(errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return True  # The index is not there to its end.
-    return len(arrays) - end < padded(4 * len(entries))
+    return isinstance(entries, list) and len(arrays) - end < padded(4 * len(entries))
 
 
 def read_frame(
@@ -200,11 +215,88 @@ def read_frame(
     if payload_offset + payload_bytes > size:
         return f"record {sequence} ends inside its payload"
     head, _, arrays = rest[:index_bytes].partition(b"\n")
-    body = json.loads(head)
-    kind = body.pop("kind")
+    try:
+        kind, body = _parse_head(head)
+        layout = parse_layout(arrays.rstrip())
+        if layout.num_bytes != payload_bytes or len(layout.entries) != num_arrays:
+            return f"the arrays of record {sequence} are not as large as its header states"
+        if kind == "table":
+            for entry in layout.entries:
+                check_ids(entry.field, entry.dtype, len(entry.shape))
+    except DamageError as error:
+        return f"the header of record {sequence} has no meaning: {error}"
+    if sequence > MAX_SEQUENCE:
+        return f"record {sequence} has a number that no record has"
     if kind == "attempt":
         body["token"] = f"{token:016x}"  # In a segment too, this tells whose frames they are.
-    layout = parse_layout(arrays.rstrip())
     checksums = np.frombuffer(rest, "<u4", num_arrays, index_bytes)
     frame = Frame(kind, step, sequence, body, layout, checksums, payload_offset)
     return frame, token, payload_offset + payload_bytes
+
+
+# With fewer brackets nothing is nested deeply.
+_FEW_BRACKETS = 48
+_RECORD = {"measure": TEXT, "source": TEXT, "attributes": DETAILS, "time": SECONDS}
+_TABLE = {"name": TEXT, "attributes": DETAILS}
+
+
+def _parse_head(head: bytes) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a frame and what it says.
+
+    Raises:
+        DamageError: If it says what no frame says.
+    """
+    body = parse(head)
+    try:
+        if body["kind"] == "record" and _is_plain_record(body, head):
+            del body["kind"]
+            return "record", body
+    except (TypeError, KeyError):
+        pass  # Said below.
+    check(body, {"kind": TEXT})
+    kind = body.pop("kind")
+    if kind == "record":
+        check({"attributes": {}, "time": None, **body}, _RECORD)
+    elif kind == "table":
+        check(body, _TABLE)
+    else:
+        check_event({**body, "kind": kind})
+    return kind, body
+
+
+def _is_plain_record(body: dict[str, Any], head: bytes) -> bool:
+    """Tell, fast, whether a record says what nearly all of them say."""
+    return (
+        type(body["measure"]) is str
+        and type(body["source"]) is str
+        and type(body["attributes"]) is dict
+        and type(body["time"]) is float
+        and 0.0 <= body["time"] <= MAX_SECONDS
+        and head.count(b"[") + head.count(b"{") < _FEW_BRACKETS
+    )
+
+
+@lru_cache(maxsize=64)
+def parse_layout(arrays: bytes) -> Layout:
+    """Read a layout from the entries that stand in the index of a frame.
+
+    Raises:
+        DamageError: If they are no arrays, one behind the other.
+    """
+    listed = parse(arrays)
+    check({"arrays": listed}, {"arrays": LIST})
+    entries, end = [], 0
+    for item in listed:
+        if not isinstance(item, list) or len(item) != 6:
+            raise DamageError("an array is not described by its six values")
+        layer, field, dtype, shape, dims, start = item
+        check({"offset": start, "shape": shape}, {"offset": COUNT, "shape": LIST})
+        check_layout(layer, field, dtype, shape, dims)
+        entries.append(ArrayEntry(layer, field, dtype, tuple(shape), tuple(dims), start))
+        if start % 8 or start < end:
+            raise DamageError(f"array {len(entries)} lies where the one before it does")
+        end = start + padded(entries[-1].num_bytes)
+    layout = Layout(tuple(entries))
+    if len(layout.columns) < len(entries):
+        raise DamageError("two arrays have one name")
+    return layout

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
-from sonde.exceptions import FormatError, RunNotFoundError
+from sonde.exceptions import DamageError, FormatError, RunNotFoundError
+from sonde.sizes import size_text
 
+from .checked import check_info, get, is_shallow, parse, whole
 from .frames import FORMAT_VERSION
+from .positioned import NO_WAITING, open_regular, read_at
 
 RUN_FILE = "run.json"
 _CHECKSUM = "crc32"
 
-_WRITER = re.compile(r"attempt(\d+)-rank(\d+)")
-_JOURNAL = re.compile(r"(\d{12})\.journal")
-_SEGMENT = re.compile(r"(\d{12})-(\d{12})\.h5")
+_NUMBER = r"(0|[1-9][0-9]{0,8})"  # One way to write each, or two folders would be one writer's.
+_WRITER = re.compile(f"attempt{_NUMBER}-rank{_NUMBER}")
+_JOURNAL = re.compile(r"([0-9]{12})\.journal")
+_SEGMENT = re.compile(r"([0-9]{12})-([0-9]{12})\.h5")
+
+_MAX_RUN_FILE_BYTES = 64 << 20
 
 
 def writer_folder(run: Path, attempt: int, rank: int) -> Path:
@@ -67,7 +74,7 @@ def lock_path(path: Path) -> int | None:
     try:
         import fcntl
 
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | NO_WAITING)
     except (ImportError, OSError):
         return None
     try:
@@ -91,7 +98,7 @@ def is_being_written(folder: Path) -> bool:
     try:
         import fcntl
 
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(folder, os.O_RDONLY | NO_WAITING)
     except (ImportError, OSError):
         return False
     try:
@@ -152,14 +159,21 @@ def write_run_file(run: Path, description: dict[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    whole = {"format": FORMAT_VERSION, **description}
-    text = json.dumps({**whole, _CHECKSUM: _checksum(whole)}, indent=1)
-    temporary = run / f".{RUN_FILE}.{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / RUN_FILE)
+    described = {"format": FORMAT_VERSION, **description}
+    text = json.dumps({**described, _CHECKSUM: _checksum(described)}, indent=1)
+    # A name that nobody can guess, and never a link that somebody has planted there.
+    temporary = run / f".{RUN_FILE}.{secrets.token_hex(8)}"
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    fd = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(run / RUN_FILE)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(run)
     sync_folders_above(run)
 
@@ -172,23 +186,53 @@ def read_run_file(run: Path) -> dict[str, Any]:
         FormatError: If the description cannot be read or is of a newer format.
     """
     try:
-        content = (run / RUN_FILE).read_bytes()
+        description = parse(_read_whole(run / RUN_FILE))
+        version = get(description, "format", whole())
     except (FileNotFoundError, NotADirectoryError):
         raise RunNotFoundError(_explain_no_run(run)) from None
-    try:
-        description = dict(json.loads(content.decode()))
-        version = int(description["format"])
-        checksum = description.pop(_CHECKSUM, None)
-    except (ValueError, KeyError, TypeError) as error:
+    except DamageError as error:
         raise FormatError(f"{run / RUN_FILE} is damaged: {error}") from error
     if version > FORMAT_VERSION:
         raise FormatError(
             f"{run} has log format {version}; this sonde reads up to {FORMAT_VERSION}. "
             "Install a newer sonde."
         )
+    try:
+        _check_description(description)
+    except DamageError as error:
+        raise FormatError(f"{run / RUN_FILE} is damaged: {error}") from error
+    return dict(description)
+
+
+def _check_description(description: dict[str, Any]) -> None:
+    """Check the description of a run, and take out its checksum.
+
+    Raises:
+        DamageError: If it does not match its checksum, or says what readers cannot use.
+    """
+    checksum = description.pop(_CHECKSUM, None)
+    if not is_shallow(description):
+        raise DamageError("its JSON is nested too deeply")
     if checksum != _checksum(description):
-        raise FormatError(f"{run / RUN_FILE} is damaged: it does not match its checksum")
-    return description
+        raise DamageError("it does not match its checksum")
+    check_info(description)
+
+
+def _read_whole(path: Path) -> bytes:
+    """Read a small file.
+
+    Raises:
+        DamageError: If it is no ordinary file, or far too large.
+        OSError: If it cannot be read.
+    """
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > _MAX_RUN_FILE_BYTES:
+            raise DamageError(f"it has {size_text(size)}, far more than any description of a run")
+        return read_at(fd, size, 0)
+    finally:
+        os.close(fd)
 
 
 def _checksum(description: dict[str, Any]) -> int:
@@ -197,10 +241,23 @@ def _checksum(description: dict[str, Any]) -> int:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Return every run directory at or below a folder, sorted by name."""
-    if (root / RUN_FILE).is_file():
+    """Return every run directory at or below a folder, sorted by name.
+
+    A folder that cannot be listed may be one, too: opening it says why it cannot be read.
+    """
+    if os.path.lexists(root / RUN_FILE):
         return [root]
-    return sorted(path.parent for path in root.rglob(RUN_FILE) if path.is_file())
+    found: list[Path] = []
+
+    def keep_unreadable(error: OSError) -> None:
+        if error.filename != str(root):
+            found.append(Path(error.filename))
+
+    for folder, folders, files in os.walk(root, onerror=keep_unreadable):
+        if RUN_FILE in files or RUN_FILE in folders:
+            found.append(Path(folder))
+            folders[:] = [name for name in folders if not _WRITER.fullmatch(name)]
+    return sorted(found)
 
 
 def _explain_no_run(path: Path) -> str:

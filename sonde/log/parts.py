@@ -16,8 +16,8 @@ from sonde.exceptions import DamageError, FormatError
 
 from .frames import Frame, describe
 from .payload import from_storage, slot_checksum, storage_dtype
-from .positioned import READ_ONLY, read_at
-from .segment import SegmentRecords
+from .positioned import open_regular, read_at
+from .segment_records import SegmentRecords
 
 StreamKey = tuple[str | None, str]
 """A stream is named by its layer, or None, and its field."""
@@ -219,7 +219,7 @@ def read_array(file: JournalFile, frame: Frame, column: int) -> npt.NDArray[Any]
         OSError: If it cannot be read.
     """
     entry = frame.layout.entries[column]
-    fd = os.open(file.path, READ_ONLY)
+    fd = open_regular(file.path)
     try:
         if read_at(fd, len(file.header), 0) != file.header:
             raise FileNotFoundError(f"{file.path} was replaced since it was listed")

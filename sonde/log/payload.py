@@ -99,6 +99,11 @@ class Layout:
         return None if column is None else self.entries[column]
 
 
+def is_dtype(name: str) -> bool:
+    """Tell whether the log has elements of the named type."""
+    return name in _DTYPES
+
+
 @lru_cache(maxsize=32)
 def storage_dtype(name: str) -> np.dtype[Any]:
     """Return the little-endian NumPy type that holds the elements of the named type."""
@@ -190,17 +195,6 @@ def _new_layout(arrays: Sequence[LogArray]) -> Layout:
         entries.append(entry)
         offset = padded(offset + entry.num_bytes)
     return Layout(tuple(entries), is_native=all(array.values.dtype.isnative for array in arrays))
-
-
-@lru_cache(maxsize=_MAX_LAYOUTS)
-def parse_layout(arrays: bytes) -> Layout:
-    """Read a layout from the entries that stand in the index of a frame."""
-    return Layout(
-        tuple(
-            ArrayEntry(layer, field, dtype, tuple(shape), tuple(dims), start)
-            for layer, field, dtype, shape, dims, start in json.loads(arrays)
-        )
-    )
 
 
 def fill_payload(

@@ -15,7 +15,9 @@ from typing import Any
 from sonde.exceptions import DamageError
 
 from .frames import Frame, describe
-from .segment import Segment, SegmentRecords, identify
+from .segment import Segment
+from .segment_file import identify
+from .segment_records import SegmentRecords
 
 
 def differing_frame(path: Path, frames: Sequence[Frame]) -> str | None:

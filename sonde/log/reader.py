@@ -24,9 +24,10 @@ from .damage import Damage
 from .frames import FILE_HEADER_BYTES, Frame
 from .layout import is_being_written, journals, segments, writer_folders
 from .parts import JournalFile, JournalPart, Part, SegmentPart, read_array
-from .positioned import READ_ONLY, read_at
+from .positioned import open_regular, read_at
 from .scan import Scan
-from .segment import Segment, SegmentFile, identify
+from .segment import Segment
+from .segment_file import SegmentFile, identify
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,10 @@ class Index:
             missing_before = missing
 
     def _open_segment(self, path: Path, known: Index) -> _OpenSegment | Damage:
-        file = identify(path)
+        try:
+            file = identify(path)
+        except DamageError as error:
+            return _no_file(path, error)
         # What was opened for a list that was no good is kept, or sealing might stay ahead for ever.
         found = self._segments.get(file) or known._segments.get(file)
         if found is None:
@@ -229,8 +233,11 @@ class Index:
         known._segments[file] = found
         return found
 
-    def _open_journal(self, path: Path, known: Index) -> _OpenJournal:
-        fd = os.open(path, READ_ONLY)
+    def _open_journal(self, path: Path, known: Index) -> _OpenJournal | Damage:
+        try:
+            fd = open_regular(path)
+        except DamageError as error:
+            return _no_file(path, error)
         try:
             file = JournalFile(path, read_at(fd, FILE_HEADER_BYTES, 0))
             found = known._journals.get(file) or self._journals.get(file)
@@ -242,6 +249,11 @@ class Index:
             os.close(fd)
         known._journals[file] = _OpenJournal(file, found.scan, items)
         return known._journals[file]
+
+
+def _no_file(path: Path, error: DamageError) -> Damage:
+    name = f"{path.parent.name}/{path.name}"
+    return Damage(name, 0, 0, str(error).removeprefix(f"{name}: "))
 
 
 class _LogBuilder:
@@ -298,12 +310,13 @@ class _LogBuilder:
             log.parts.setdefault((part.measure, part.source), []).append(part)
 
     def add_journal(
-        self, journal: _OpenJournal, first: int, *, is_live: bool, is_last: bool
+        self, journal: _OpenJournal | Damage, first: int, *, is_live: bool, is_last: bool
     ) -> None:
-        refused = self._refuse(journal)
+        refused = journal if isinstance(journal, Damage) else self._refuse(journal)
         if refused is not None:
             self._leave_out(refused, first, first)
             return
+        assert not isinstance(journal, Damage)  # It was refused.
         log = self._log
         parts: dict[tuple[str, str], JournalPart] = {}
         start, end, is_damaged = first, first, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
+from sonde.visible import visible
 
 from .damage import Damage
 from .endings import state_after
@@ -251,13 +253,18 @@ class Run:
         return f"<Run {self.name!r}, {self.state}, {span}: {', '.join(self.measures)}>"
 
     def _repr_html_(self) -> str:
+        def shown(text: object) -> str:
+            return html.escape(visible(text))
+
         rows = "".join(
-            f"<tr><td>{log.measure}</td><td>{log.source}</td><td>{len(log.steps)}</td>"
+            f"<tr><td>{shown(log.measure)}</td><td>{shown(log.source)}</td>"
+            f"<td>{len(log.steps)}</td>"
             f"<td>{len(log.layers)}</td><td>{log._count_text()}</td></tr>"
             for log in self._logs.values()
         )
         return (
-            f"<b>Run {self.name}</b> ({self.state}), {self.path}<table><tr><th>measure</th>"
+            f"<b>Run {shown(self.name)}</b> ({self.state}), {shown(self.path)}"
+            "<table><tr><th>measure</th>"
             f"<th>source</th><th>records</th><th>layers</th><th>examples</th></tr>{rows}</table>"
         )
 

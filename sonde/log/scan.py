@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
 
 from zlib_ng.zlib_ng import crc32
 
@@ -24,6 +23,7 @@ from .positioned import read_at
 _CHUNK_BYTES = 4 << 20
 # Of small records many are read at once; of large ones nothing is read twice.
 _WINDOW_BYTES = 64 << 10
+_SEARCHED_BYTES = 256 << 20
 
 
 class _Window:
@@ -181,12 +181,23 @@ def _slot_checksums(window: _Window, payload_offset: int, layout: Layout) -> Ite
 
 
 def _find_frame(fd: int, offset: int, size: int) -> tuple[int, Frame] | None:
-    """Return where the next frame with a valid header and a whole payload starts, and the frame."""
-    while offset < size:
+    """Return where the next frame with a valid header and a whole payload starts, and the frame.
+
+    What looks like the begin of frames over and over, each of which states that it is long, would
+    be read over and over: no more is read than the file would need many times over.
+    """
+    allowed = _SEARCHED_BYTES + 8 * size
+
+    def read(num_bytes: int, at: int) -> bytes:
+        nonlocal allowed
+        allowed -= num_bytes
+        return read_at(fd, num_bytes, at)
+
+    while offset < size and allowed > 0:
         chunk = read_at(fd, _CHUNK_BYTES, offset)
         position = chunk.find(FRAME_MAGIC)
-        while position >= 0:
-            parsed = read_frame(partial(_read, fd), offset + position, size)
+        while position >= 0 and allowed > 0:
+            parsed = read_frame(read, offset + position, size)
             if not isinstance(parsed, str):
                 return offset + position, parsed[0]
             position = chunk.find(FRAME_MAGIC, position + 1)
@@ -194,7 +205,3 @@ def _find_frame(fd: int, offset: int, size: int) -> tuple[int, Frame] | None:
             return None
         offset += len(chunk) - len(FRAME_MAGIC) + 1
     return None
-
-
-def _read(fd: int, num_bytes: int, offset: int) -> bytes:
-    return read_at(fd, num_bytes, offset)

@@ -13,12 +13,13 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from sonde.exceptions import DamageError, FormatError, SondeError
+from sonde.visible import visible
 
 from .damage import Damage
 from .frames import Frame
@@ -33,10 +34,12 @@ from .layout import (
     unlock,
     writer_folders,
 )
+from .positioned import open_regular
 from .read_back import differing_frame
 from .scan import scan_journal
 from .sealing import END
-from .segment import Segment, identify
+from .segment import Segment
+from .segment_file import identify
 from .segment_writer import write_segment
 
 
@@ -97,7 +100,7 @@ def seal_journal(journal: Path, *, verify: bool = True) -> Path | None:
     """
     lock = lock_path(journal)  # Another sealer may be at it.
     try:
-        with journal.open("rb") as file:
+        with os.fdopen(open_regular(journal), "rb") as file, _refusing(journal):
             segment = _seal_file(journal, file, verify=verify)
         if segment is not None:
             sync_folder(journal.parent.parent)  # Where the writer never forced its folder's name.
@@ -106,9 +109,29 @@ def seal_journal(journal: Path, *, verify: bool = True) -> Path | None:
         return segment
     except FileNotFoundError:
         return None
+    except DamageError as error:
+        raise FormatError(f"{journal} cannot be sealed: {error}") from error
     finally:
         if lock is not None:
             unlock(lock)
+
+
+@contextmanager
+def _refusing(journal: Path) -> Iterator[None]:
+    """Refuse a journal with what libhdf5 has no room for, such as a name of a million letters.
+
+    Raises:
+        FormatError: In place of what libhdf5 raises.
+        SondeError: If it was one already.
+    """
+    try:
+        yield
+    except SondeError:
+        raise
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise FormatError(
+            f"{journal} cannot be sealed, and stays as it is: {visible(error)}"
+        ) from error
 
 
 def _seal_file(journal: Path, file: BinaryIO, *, verify: bool) -> Path | None:

@@ -34,7 +34,9 @@ from .names import link_name, stream_name
 from .output import Output
 from .payload import ArrayEntry, Layout, slot_checksum, storage_dtype
 from .positioned import read_at, reserve, write_at
-from .segment import Stream, checksum_between, encode_streams, encode_trailer
+from .segment import encode_trailer
+from .segment_file import checksum_between
+from .segment_records import Stream, encode_streams
 
 _ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
 _BATCH_BYTES = 64 << 20

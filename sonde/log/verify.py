@@ -10,7 +10,8 @@ from .damage import Damage
 from .export.reader import verify_export
 from .layout import read_run_file, segments, writer_folders
 from .reader import read_index
-from .segment import Segment, identify
+from .segment import Segment
+from .segment_file import identify
 
 
 def verify_run(run: Path) -> list[Damage]:
@@ -34,8 +35,8 @@ def verify_run(run: Path) -> list[Damage]:
     found = [damage for writer in read_index(run) for damage in writer.damage]
     for _, _, folder in writer_folders(run):
         for _, _, path in segments(folder):
-            file = identify(path)
             try:
+                file = identify(path)
                 reasons = list(Segment(file).verify())
             except DamageError:
                 continue  # The index has said so.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from sonde.log.frames import FILE_HEADER_BYTES, describe
 from sonde.log.payload import storage_dtype
-from sonde.log.segment import Segment, identify
+from sonde.log.segment import Segment
+from sonde.log.segment_file import identify
 
 from .files import frame_bounds, frames_of, journals_of, segments_of
 

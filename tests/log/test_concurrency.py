@@ -19,7 +19,8 @@ from sonde.log import LogWriter, open_run
 from sonde.log import reader as reader_module
 from sonde.log.layout import journals, segments
 from sonde.log.seal import seal_journal, seal_run
-from sonde.log.segment import Segment, SegmentFile
+from sonde.log.segment import Segment
+from sonde.log.segment_file import SegmentFile
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 

@@ -76,3 +76,14 @@ def test_moved_run_reads_the_same(run_path: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.move(run_path, moved)
     assert assert_intact(moved, range(6)).name == "moved"
+
+
+def test_a_planted_link_is_not_followed(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = run_path.parent / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda num_bytes: "00" * num_bytes)
+    (run_path / f".run.json.{'00' * 8}").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_run_file(run_path, {"name": "again"})
+    assert victim.read_text() == "precious"
+    assert open_run(run_path).info["name"] == "seed0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any, NoReturn
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError, RunNotFoundError
+from sonde.log.checked import OBJECT, check, check_info, list_of, parse
 from sonde.log.layout import RUN_FILE
-from sonde.log.positioned import READ_ONLY, read_at
-from sonde.log.segment import SegmentFile
+from sonde.log.positioned import open_regular, read_at
+from sonde.log.segment_file import SegmentFile, naming
 
 EXPORT_VERSION = 1
 MARK = "sonde_export"
@@ -25,6 +25,13 @@ _TRAILER = struct.Struct("<8sIIQQIQII")
 _MAGIC = b"SONDEEXP"
 _SEGMENT_MAGIC = b"SONDESEG"
 _HEAD_BYTES = 4096
+_METADATA = {
+    "info": OBJECT,
+    "chunks": OBJECT,
+    "groups": list_of(OBJECT),
+    "tables": list_of(OBJECT),
+    "writers": list_of(OBJECT),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,14 @@ def read_metadata(file: SegmentFile) -> Metadata:
     encoded = _read_bytes(file, offset, encoded_bytes)
     if crc32(encoded) != encoded_checksum:
         raise DamageError(f"{file.name}: the metadata does not match its checksum")
-    return Metadata(json.loads(encoded), num_bytes, checksum)
+    with naming(file):
+        content = parse(encoded)
+        check(content, _METADATA)
+        try:
+            check_info(content["info"])
+        except DamageError as error:
+            raise DamageError(f"`info`: {error}") from None
+    return Metadata(content, num_bytes, checksum)
 
 
 def _explain(file: SegmentFile, trailer: bytes) -> NoReturn:
@@ -106,7 +120,7 @@ def _explain(file: SegmentFile, trailer: bytes) -> NoReturn:
 
 
 def _read_bytes(file: SegmentFile, offset: int, num_bytes: int) -> bytes:
-    fd = os.open(file.path, READ_ONLY)
+    fd = open_regular(file.path)
     try:
         return read_at(fd, num_bytes, offset)
     finally:

@@ -19,18 +19,60 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
+from sonde.log.checked import (
+    DETAILS,
+    EVENT,
+    FLAG,
+    OBJECT,
+    SEQUENCES,
+    STEP,
+    STEPS,
+    TEXT,
+    check,
+    check_event,
+    list_of,
+    mapping_of,
+    whole,
+)
 from sonde.log.damage import Damage
 from sonde.log.parts import Part, Record, StreamKey, StreamShape
-from sonde.log.positioned import READ_ONLY
+from sonde.log.positioned import open_regular
 from sonde.log.ranks import ID
 from sonde.log.reader import Table, WriterLog
-from sonde.log.segment import Place, SegmentFile, checksum_between, identify, read_place
+from sonde.log.segment_file import (
+    DAMAGE,
+    Place,
+    SegmentFile,
+    check_table,
+    checksum_between,
+    identify,
+    naming,
+    read_place,
+)
 
 from .file import read_metadata
 from .streams import ExportedGroup, ExportedStream
 
 Array = npt.NDArray[Any]
 Facts = dict[str, Any]  # Any: JSON values.
+
+_WRITER = {
+    "attempt": whole(0, 10**9),
+    "rank": whole(0, 10**9),
+    "about": DETAILS,
+    "resume_step": STEP,
+    "has_recorded": FLAG,
+    "events": list_of(OBJECT),
+    "damage": list_of(OBJECT),
+    "superseded": list_of(OBJECT),
+}
+_SUPERSEDED = {
+    "measure": TEXT,
+    "source": TEXT,
+    "names_examples": FLAG,
+    "steps": STEPS,
+    "sequences": SEQUENCES,
+}
 
 
 class ExportedRun:
@@ -114,8 +156,13 @@ class _Content:
         self.file = file
         self._metadata = read_metadata(file)
         self.facts: Facts = self._metadata.content
-        chunks = Place.of(self.facts["chunks"])
-        self._groups = [ExportedGroup(file, entry, chunks) for entry in self.facts["groups"]]
+        with naming(file):
+            chunks = Place.of(self.facts["chunks"])
+            self._groups = [ExportedGroup(file, entry, chunks) for entry in self.facts["groups"]]
+            for table in self.facts["tables"]:
+                check_table(table, file, "source")
+            for writer in self.facts["writers"]:
+                _check_writer(writer, len(self.facts["tables"]))
 
     @cached_property
     def writers(self) -> list[WriterLog]:
@@ -131,6 +178,11 @@ class _Content:
             if "reason" in array:
                 path, _, what = array["reason"].partition(": ")
                 yield Damage(path, 0, 0, what)
+                continue
+            try:
+                _read_table(self.file, array)
+            except DamageError as error:
+                yield _whole(self.file, error)
         stretches: list[tuple[int, int]] = []
         for stream in (stream for group in self._groups for stream in group.streams):
             try:
@@ -138,7 +190,7 @@ class _Content:
                 yield from stream.verify()
             except DamageError as error:  # Of what describes the stream.
                 yield _whole(self.file, error)
-        fd = os.open(self.file.path, READ_ONLY)
+        fd = open_regular(self.file.path)
         try:
             checksum = checksum_between(fd, self._metadata.num_bytes, stretches)
         finally:
@@ -266,6 +318,25 @@ class SupersededPart(Part):
     def num_bytes(self, rows: Sequence[int]) -> int:
         """Return 0: their arrays were not exported."""
         return 0
+
+
+def _check_writer(entry: Facts, num_tables: int) -> None:
+    """Check what the metadata says of one writer.
+
+    Raises:
+        DamageError: If it is no writer.
+    """
+    check(entry, _WRITER | {"tables": mapping_of(whole(0, num_tables - 1))})
+    check_event(entry["about"])
+    for event in entry["events"]:
+        check(event, EVENT)
+        check_event(event)
+    for item in entry["damage"]:
+        check(item, DAMAGE)
+    for listed in entry["superseded"]:
+        check(listed, _SUPERSEDED)
+        if not 0 < len(listed["steps"]) == len(listed["sequences"]):
+            raise DamageError("superseded records do not have a step each")
 
 
 def _table(file: SegmentFile, entry: Facts) -> Table:

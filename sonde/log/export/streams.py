@@ -4,24 +4,77 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sonde.exceptions import DamageError
+from sonde.exceptions import DamageError, InvalidInputError
+from sonde.log.checked import (
+    ALL_DETAILS,
+    CHECKSUM,
+    COUNT,
+    COUNTS,
+    DTYPE,
+    OBJECT,
+    SEQUENCES,
+    SHAPE,
+    STEPS,
+    TEXT,
+    TEXTS,
+    TIMES,
+    check,
+    check_layout,
+    check_shapes,
+    list_of,
+    mapping_of,
+    nbytes,
+    whole,
+)
 from sonde.log.damage import Damage
 from sonde.log.parts import StreamKey
 from sonde.log.payload import from_storage, slot_checksum, storage_dtype
-from sonde.log.segment import Place, SegmentFile, read_place
+from sonde.log.segment_file import Place, SegmentFile, read_place
+from sonde.sizes import size_text
 
-from .compression import Compression, decompress
+from .compression import COMPRESSIONS, Compression, decompress
 
 _CACHE_BYTES = 32 << 20
+# Far more than a writer puts into one.
+_MAX_CHUNK_BYTES = 64 << 20
+
+_GROUP = {
+    "rank": whole(0, 10**9),
+    "measure": TEXT,
+    "source": TEXT,
+    "attempts": COUNTS,
+    "steps": STEPS,
+    "sequences": SEQUENCES,
+    "times": TIMES,
+    "attributes": ALL_DETAILS,
+    "streams": list_of(OBJECT),
+    "crc32": OBJECT,
+    "present": OBJECT,
+}
+_PRESENT = {"streams": list_of(COUNTS), "records": COUNTS}
+_STREAM = {
+    "layer": TEXT.or_none(),
+    "field": TEXT,
+    "dtype": DTYPE,
+    "dims": list_of(TEXTS),
+    "shape": SHAPE.or_none(),
+    "chunk": COUNTS.or_none(),
+    "compression": TEXT,
+    "chunks": OBJECT,
+}
+_MAY_STREAM = {"unread": mapping_of(TEXT), "dims_at": mapping_of(COUNT)}
+_LISTED = {"first": whole(0, 1 << 40), "count": whole(0, 1 << 40), "crc32": CHECKSUM}
 
 Array = npt.NDArray[Any]
 Facts = dict[str, Any]  # Any: JSON values.
@@ -31,6 +84,8 @@ class ExportedGroup:
     """The records of one group of the file."""
 
     def __init__(self, file: SegmentFile, entry: Facts, chunks: Place) -> None:
+        check(entry, _GROUP)
+        check(entry["present"], _PRESENT)
         self.file = file
         self._entry = entry
         self.rank: int = entry["rank"]
@@ -46,6 +101,24 @@ class ExportedGroup:
         self._by_key: dict[StreamKey, list[ExportedStream]] = {}
         for stream in self.streams:
             self._by_key.setdefault(stream.key, []).append(stream)
+        self._check()
+
+    def _check(self) -> None:
+        """Check that what is said of the records fits together.
+
+        Raises:
+            DamageError: If it does not.
+        """
+        entry, num_records = self._entry, self.num_records
+        lengths = {len(entry[name]) for name in ("steps", "sequences", "times", "attributes")}
+        if lengths | {len(self._present_of)} != {num_records} or not num_records:
+            raise DamageError(f"a group of {num_records} records says other things of more or less")
+        if max(self._present_of) >= len(self._present):
+            raise DamageError("`present` names a set of streams that is not there")
+        if set().union(*self._present) != set(range(len(self.streams))):
+            raise DamageError("`present` does not name the streams that are there")
+        if Place.of(entry["crc32"]).shape != (len(self.streams), num_records):
+            raise DamageError("`crc32` does not have a checksum for each array")
 
     @cached_property
     def checksums(self) -> npt.NDArray[np.uint32]:
@@ -86,6 +159,8 @@ class ExportedStream:
     """One stream of a group, in chunks."""
 
     def __init__(self, group: ExportedGroup, column: int, facts: Facts, chunks: Place) -> None:
+        check(facts, _STREAM)
+        check({"unread": {}, "dims_at": {}, **facts}, _MAY_STREAM)
         self._group = group
         self.column = column
         self.key: StreamKey = (facts["layer"], facts["field"])
@@ -98,18 +173,58 @@ class ExportedStream:
         self._compression: Compression = facts["compression"]
         self._unread: dict[str, str] = facts.get("unread", {})
         listed = facts["chunks"]
+        check(listed, _LISTED)
         self._listed = Place(
             chunks.offset + 24 * listed["first"], "int64", (listed["count"], 3), listed["crc32"]
         )
+        self._check()
+
+    def _check(self) -> None:
+        """Check that what is said of the stream fits together.
+
+        Raises:
+            DamageError: If it does not.
+        """
+        layer, name = self.key
+        shape = None if self._shape is None else list(self._shape)
+        for dims in self._dims[: 1 if shape is not None else None]:
+            check_layout(layer, name, self.dtype, shape, list(dims))
+        if not self._dims or max(self._dims_at.values(), default=0) >= len(self._dims):
+            raise DamageError(f"{self._label} does not say the names of its axes")
+        if self._compression not in COMPRESSIONS:
+            raise DamageError(f"{self._label} is compressed in no known way")
+        if (shape is None) == (self._shape_table is None):
+            raise DamageError(f"{self._label} does not say its shapes")
+        if len(self._chunk) not in (0, 1 + len(shape or ())) or 0 in self._chunk:
+            raise DamageError(f"{self._label} has chunks of no shape that chunks have")
+        if nbytes(self._chunk or (0,), self.dtype) > _MAX_CHUNK_BYTES:
+            raise DamageError(f"{self._label} has chunks that are too large")
+        whole_shape = None if shape is None else (self._group.num_records, *shape)
+        if whole_shape is not None and self._listed.shape[0] != self._num_chunks(whole_shape):
+            raise DamageError(f"{self._label} has other chunks than its shape needs")
+        if self._listed.offset + 24 * self._listed.shape[0] > self._group.file.num_bytes:
+            raise DamageError(f"{self._label} has more chunks than the file")
+
+    def _num_chunks(self, shape: tuple[int, ...]) -> int:
+        return math.prod(_grid(shape, self._chunk)) if self._chunk else 0
 
     @cached_property
     def chunks(self) -> npt.NDArray[np.int64]:
-        """Where each chunk lies, [chunks, 3]: offset, size, checksum; 0 if it is not stored."""
-        return read_place(self._group.file, self._listed, f"the list of chunks of {self._label}")
+        """Where each chunk lies, [chunks, 3]: offset, size, checksum; 0 if it is not stored.
+
+        Raises:
+            DamageError: If the list is damaged, or of other chunks.
+        """
+        what = f"the list of chunks of {self._label}"
+        chunks: npt.NDArray[np.int64] = read_place(self._group.file, self._listed, what)
+        if len(chunks) != self._num_chunks(self._full_shape) or (chunks < 0).any():
+            raise DamageError(f"{self._group.file.name}: {what} has no meaning")
+        return chunks
 
     def dims(self, row: int) -> tuple[str, ...]:
         """Return the names of the axes in one record."""
-        return self._dims[self._dims_at.get(str(row), 0)]
+        dims, num_axes = self._dims[self._dims_at.get(str(row), 0)], len(self.shape(row))
+        return dims if len(dims) == num_axes else tuple(f"axis_{n}" for n in range(num_axes))
 
     def shape(self, row: int) -> tuple[int, ...]:
         """Return the shape in one record."""
@@ -146,8 +261,9 @@ class ExportedStream:
         return from_storage(values, self.dtype)
 
     def verify(self) -> Iterator[Damage]:
-        """Check the chunks; yield those that are damaged."""
+        """Check the chunks, and then the arrays in them; yield those that are damaged."""
         file = self._group.file
+        is_whole = True
         for number, (offset, size, checksum) in enumerate(self.chunks.tolist()):
             try:
                 read_place(file, Place(offset, "uint8", (size,), checksum), "")
@@ -155,11 +271,31 @@ class ExportedStream:
                 rows = self._rows_in(number)
                 reason = f"{self._label} {self._at(rows)} does not match its checksum"
                 yield Damage(file.name, offset, size, reason)
+                is_whole = False
+        if is_whole:
+            yield from self._verify_arrays()
+
+    def _verify_arrays(self) -> Iterator[Damage]:
+        """Read every array; yield those that cannot be, whatever the checksums of chunks say."""
+        file = self._group.file
+        for row in range(self._group.num_records):
+            if self.column not in self._group.set_of(row) or str(row) in self._unread:
+                continue
+            try:
+                self.read(row)
+            except DamageError as error:
+                yield Damage(file.name, 0, 0, str(error).removeprefix(f"{file.name}: "))
+            except InvalidInputError:
+                break  # Nothing here can unpack it; its bytes are what was written.
+        _cache.clear()
 
     @cached_property
     def _shapes(self) -> npt.NDArray[np.int64]:
         place = Place.of(self._shape_table or {})
-        return read_place(self._group.file, place, f"the table of shapes of {self._label}")
+        what = f"the table of shapes of {self._label}"
+        table: npt.NDArray[np.int64] = read_place(self._group.file, place, what)
+        check_shapes(table, self._group.num_records, what)
+        return table
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -175,10 +311,16 @@ class ExportedStream:
         return (self._group.num_records, *self._shape)
 
     def _read_block(self, start: int, count: tuple[int, ...]) -> Array:
-        """Put together what lies from `start` on along the first axis."""
-        block = np.empty(count, storage_dtype(self.dtype))
+        """Put together what lies from `start` on along the first axis.
+
+        Raises:
+            DamageError: If it cannot be read.
+        """
+        block = self._allocate(count)
         if not block.size:
             return block
+        if not self._chunk:
+            raise DamageError(f"{self._group.file.name}: {self._label} has no chunks")
         grid = _grid(self._full_shape, self._chunk)
         first, last = start // self._chunk[0], (start + count[0] - 1) // self._chunk[0]
         for place in itertools.product(range(first, last + 1), *map(range, grid[1:])):
@@ -192,6 +334,19 @@ class ExportedStream:
             block[tuple(target)] = content[tuple(source)]
         return block
 
+    def _allocate(self, shape: tuple[int, ...]) -> Array:
+        """Return a new array, if there is memory for it: what is compressed may say any size.
+
+        Raises:
+            DamageError: If there is not.
+        """
+        size = nbytes(shape, self.dtype)
+        if size <= _physical_bytes():
+            with suppress(MemoryError):
+                return np.empty(shape, storage_dtype(self.dtype))
+        what = f"{self._group.file.name}: an array of {self._label}"
+        raise DamageError(f"{what} is said to have {size_text(size)}, more than there is memory")
+
     def _read_chunk(self, number: int) -> Array:
         offset, size, checksum = self.chunks[number].tolist()
         group = self._group
@@ -202,7 +357,10 @@ class ExportedStream:
             place = Place(offset, "uint8", (size,), checksum)
             what = f"{self._label} {self._at(self._rows_in(number))}"
             raw = read_place(group.file, place, what).tobytes()
-            return decompress(raw, num_bytes, self._compression)
+            try:
+                return decompress(raw, num_bytes, self._compression)
+            except DamageError as error:
+                raise DamageError(f"{group.file.name}: {what}: {error}") from None
 
         # A chunk that holds one record, or a part of it, is not read for another one.
         is_shared = self._shape is None or self._chunk[0] > 1
@@ -228,7 +386,7 @@ class ExportedStream:
         return f"'{name}'" + ("" if layer is None else f" of layer '{layer}'")
 
     def _at(self, rows: list[int]) -> str:
-        steps = [self._group.step(row) for row in rows]
+        steps = [self._group.step(row) for row in rows] or [-1]
         span = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
         return f"({self._group.measure}, {span})"
 
@@ -241,6 +399,12 @@ class _Cache:
         self._num_bytes = 0
         self._chunks: OrderedDict[tuple[SegmentFile, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Forget all chunks."""
+        with self._lock:
+            self._chunks.clear()
+            self._num_bytes = 0
 
     def get(self, key: tuple[SegmentFile, int], unpack: Callable[[], bytes]) -> bytes:
         """Return a chunk, unpacked now or before."""
@@ -259,6 +423,14 @@ class _Cache:
 
 
 _cache = _Cache(_CACHE_BYTES)
+
+
+def _physical_bytes() -> float:
+    """Return the memory of this machine, as far as it can be asked for."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> list[int]:

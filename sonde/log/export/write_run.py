@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import h5py
 
-from sonde.exceptions import InvalidInputError, RunExistsError, SondeWarning
+from sonde.exceptions import FormatError, InvalidInputError, RunExistsError, SondeWarning
 from sonde.log.damage import Damage
 from sonde.log.layout import sync_folder
 from sonde.log.output import Output
-from sonde.log.segment import checksum_between
+from sonde.log.segment_file import checksum_between
 
 from .compression import Compression, choose_compression
 from .file import EXPORT_VERSION, MARK, encode_trailer
@@ -70,6 +70,7 @@ def export_run(
         MeasureNotFoundError: If the run has no such measure.
         LayerNotFoundError: If a layer is none of the run's.
         StepNotFoundError: If no measure has a step.
+        FormatError: If an array is larger than the memory.
         OSError: If the run cannot be read or the file not be written; nothing is left behind.
     """
     target = Path(path)
@@ -84,6 +85,9 @@ def export_run(
     try:
         unread = _write(run, origin, plan, temporary, chosen, on_part or (lambda _: None))
         temporary.replace(target)
+    except MemoryError:
+        temporary.unlink(missing_ok=True)
+        raise FormatError(f"{run.path} has an array that is larger than the memory") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
