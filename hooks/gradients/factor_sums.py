@@ -49,17 +49,28 @@ class Sum(Factor):
         """Return the sum of the gradients of all examples, [p]."""
         return torch.stack([part.sum() for part in self.parts]).sum(0)
 
-    def gram(self) -> Tensor:
-        """Return the inner products of the gradients, float64 [n, n], on the CPU."""
+    def double(self) -> Sum:
+        """Return the same gradients, of the same factors in float64."""
+        return Sum([part.double() for part in self.parts])
+
+    def are_nonzero(self) -> Tensor:
+        """Return which gradients may be other than zero, bool [n]."""
+        return torch.stack([part.are_nonzero() for part in self.parts]).any(0)
+
+    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products of the gradients, and the squares of what adds up to them."""
         total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64, device="cpu")
+        terms = total.diagonal().clone()
         for at, part in enumerate(self.parts):
-            total += part.gram()
+            products = part.gram()
+            total += products
+            terms += products.diagonal()
             for other in self.parts[:at]:
                 products = other.cross(part) if isinstance(other, Rows) else part.cross(other)
                 if isinstance(other, Rows):
                     products = products.T
                 total += products + products.T
-        return total
+        return total, terms
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""

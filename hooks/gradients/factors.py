@@ -5,6 +5,11 @@ G_n = Σ_t δ_nt a_ntᵀ, so an inner product of two gradients needs only the fa
 ⟨G_n, G_m⟩ = Σ_ts (δ_nt·δ_ms)(a_nt·a_ms). A Gram matrix is computed either that way or by forming
 gradients in blocks, whichever takes fewer operations.
 
+The factored form may lose digits that forming keeps. Where inputs are far from zero and δ adds up
+to nothing over positions, large products cancel, and rounding is about Σ_t ‖δ_nt‖² ‖a_nt‖², which
+may be many times ‖G_n‖². That sum is on the diagonal of the products. Where it is too large, or
+squares leave the range of float32, the same factors are multiplied again in float64.
+
 Axes: n, m examples; g groups; t, s positions; o outputs; i inputs.
 """
 
@@ -14,17 +19,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from sonde.hooks.self_products import self_product
 
+from .row_products import are_inside, are_nonzero, are_outside, products_between, row_squares
+
 # What a block of formed gradients, or of products between positions, may take.
 _BLOCK_BYTES = 16 << 20
-# Of how many values a norm is taken in the type of the gradients.
-_PIECE = 1024
+# How many times the square of a gradient its terms may have: at 4 the products are off by 1e-6.
+_CANCELLATION = 4.0
 
 
 class Factor(ABC):
@@ -65,6 +71,10 @@ class Factor(ABC):
     def sum(self) -> Tensor:
         """Return the sum of the gradients of all examples, flattened, [p]."""
 
+    @abstractmethod
+    def double(self) -> Factor:
+        """Return the same gradients, of the same factors in float64."""
+
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
         total = torch.zeros(
@@ -72,12 +82,36 @@ class Factor(ABC):
         )
         for rows, formed in self.blocks():
             for columns, formed_other in other.blocks():
-                total[rows, columns] = (formed @ formed_other.T).double().cpu()
+                total[rows, columns] = products_between(formed, formed_other)
         return total
 
     def gram(self) -> Tensor:
         """Return the inner products of the gradients, float64 [n, n], on the CPU."""
-        return self.cross(self)
+        products, terms = self.products_and_terms()
+        if self.dtype != torch.float64 and self._loses_digits(products.diagonal(), terms):
+            products, _ = self.double().products_and_terms()
+        return products
+
+    @abstractmethod
+    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products of the gradients, computed in their own type.
+
+        Returns:
+            The inner products, float64 [n, n]; and for each gradient the sum of the squared norms
+            of what the products add up, float64 [n], its own square where it was formed. Both are
+            on the CPU.
+        """
+
+    @abstractmethod
+    def are_nonzero(self) -> Tensor:
+        """Return which gradients may be other than zero, bool [n]."""
+
+    def _loses_digits(self, squares: Tensor, terms: Tensor) -> bool:
+        """Return whether float32 loses digits of a gradient that is not zero."""
+        are_kept = terms <= _CANCELLATION * squares
+        if are_inside(terms) and bool(are_kept.all()):
+            return False
+        return bool(((are_outside(terms) | ~are_kept) & self.are_nonzero().cpu()).any())
 
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each gradient, float64 [n], on the CPU."""
@@ -127,38 +161,32 @@ class Dense(Factor):
 
     @cached_property
     def products(self) -> Tensor:
-        """The inner products of the gradients, [n, n]."""
+        """The inner products of the gradients, [n, n], in their type."""
         return self_product(self.values)
 
-    def gram(self) -> Tensor:
-        """Return the inner products of the gradients, float64 [n, n], on the CPU."""
-        return self.products.double().cpu()
+    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products of the gradients, and their squared norms."""
+        products = self.products.double().cpu()
+        return products, products.diagonal()
+
+    def double(self) -> Dense:
+        """Return the same gradients in float64."""
+        return Dense(self.values.double())
+
+    def are_nonzero(self) -> Tensor:
+        """Return which gradients are not zero, bool [n]."""
+        return are_nonzero(self.values)
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
         if isinstance(other, Dense):
-            return (self.values @ other.values.T).double().cpu()
+            return products_between(self.values, other.values)
         return super().cross(other)
 
 
 def block_size(row_bytes: int) -> int:
     """Return how many rows of so many bytes, at least one, a block holds."""
     return max(1, _BLOCK_BYTES // max(1, row_bytes))
-
-
-def row_squares(values: Tensor) -> Tensor:
-    """Return the squared norm of each row, float64 [n], on the CPU."""
-    # Norms of pieces, then their sum in float64: converting the values themselves takes longer.
-    if values.shape[1] <= _PIECE:
-        return _norm(values).double().square().cpu()
-    split = values.shape[1] // _PIECE * _PIECE
-    pieces, rest = values[:, :split].unflatten(1, (-1, _PIECE)), values[:, split:]
-    norms = torch.cat([_norm(pieces), _norm(rest)[:, None]], 1)
-    return norms.double().square().sum(1).cpu()
-
-
-def _norm(values: Tensor) -> Tensor:
-    return cast(Tensor, torch.linalg.vector_norm(values, dim=-1))
 
 
 def pairs(left: Tensor, right: Tensor) -> Tensor:

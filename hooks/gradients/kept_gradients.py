@@ -11,8 +11,9 @@ from torch import Tensor
 from sonde.hooks.host_copies import empty_on_host, start_copy, wait_for_copies
 from sonde.hooks.stores import Full, Sketch
 
-from .factors import Dense, Factor, row_squares
+from .factors import Dense, Factor
 from .owned_parameters import OwnedParameter
+from .row_products import row_squares
 
 
 def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tensor, Tensor]:

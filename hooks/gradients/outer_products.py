@@ -6,7 +6,7 @@ Axes: n, m examples; g groups; t, s positions; o outputs; i inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from sonde.hooks.self_products import self_product
 
 from .factors import Dense, Factor, block_size, pairs
+from .row_products import are_nonzero
 
 # Of a product of small matrices, one for each example, to one of large matrices: measured.
 _BATCHED_COST = 2.0
@@ -86,23 +87,33 @@ class Outer(Factor):
         total = delta.transpose(1, 2) @ inputs.transpose(0, 1).flatten(1, 2)
         return (total.transpose(1, 2) if self.is_transposed else total).flatten()
 
-    def gram(self) -> Tensor:
-        """Return the inner products of the gradients, float64 [n, n], on the CPU."""
+    def double(self) -> Outer:
+        """Return the same gradients, of the same factors in float64."""
+        delta, source = self.delta.double(), self.source.double()
+        return replace(self, delta=delta, source=source, of_outputs=None)
+
+    def are_nonzero(self) -> Tensor:
+        """Return which gradients may be other than zero, bool [n]."""
+        return are_nonzero(self.delta) & are_nonzero(self.source)
+
+    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products of the gradients, and the squares of what adds up to them."""
         if not self.is_cheaper_formed:
-            return self.factored(self)
+            return self.factored()
         o, row_bytes = self.delta.shape[3], self.num_parameters * self.dtype.itemsize
         every = slice(0, self.num_examples)
         width = block_size(-(-self.num_examples * row_bytes // o))
         total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64, device="cpu")
         for start in range(0, o, width):
             total += self_product(self._form(every, slice(start, start + width)).flatten(1)).cpu()
-        return total
+        return total, total.diagonal()
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
         if isinstance(other, Outer) and other.is_transposed == self.is_transposed:
             if not self.is_cheaper_formed and not other.is_cheaper_formed:
-                return self.factored(other)
+                # What cancels is seen in the squares alone, which are not computed here.
+                return self.double()._factored_cross(other.double())
         return super().cross(other)
 
     def squared_norms(self) -> Tensor:
@@ -119,34 +130,48 @@ class Outer(Factor):
             parts.append(products.sum((1, 2, 3)).cpu())
         return torch.cat(parts)
 
-    def factored(self, other: Outer) -> Tensor:
-        """Return the inner products from the factors alone, float64 [n, m], on the CPU."""
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products from the factors alone, and the squares of their terms."""
         n, g, t, _ = self.delta.shape
-        m, _, s, _ = other.delta.shape
-        is_own = other is self
-        if is_own and self.of_outputs is not None:
-            products = self_product(self._inputs(slice(0, n)).flatten(1))
-            return products.mul_(self.of_outputs.products).double().cpu()
-        total = torch.zeros(n, m, dtype=torch.float64, device=self.delta.device)
-        rows = block_size(m * t * s * self.dtype.itemsize)
-        theirs = other._inputs(slice(0, m))
+        inputs = self._inputs(slice(0, n))
+        if self.of_outputs is not None:
+            products = self_product(inputs.flatten(1))
+            products = products.mul_(self.of_outputs.products).double().cpu()
+            return products, products.diagonal()
+        total = torch.zeros(n, n, dtype=torch.float64, device=self.delta.device)
+        terms = torch.zeros(n, dtype=torch.float64, device=self.delta.device)
+        rows = block_size(n * t * t * self.dtype.itemsize)
         for start in range(0, n, rows):
             block = slice(start, min(start + rows, n))
-            ours = theirs[block] if is_own else self._inputs(block)
             # Gradients are symmetric in their examples: only what stands behind is computed.
-            behind = slice(start if is_own else 0, m)
+            behind = slice(start, n)
             for group in range(g):
-                if is_own and rows >= n:  # Then half of each product is enough.
-                    products = self_product(ours[:, group].flatten(0, 1))
+                if rows >= n:  # Then half of each product is enough.
+                    products = self_product(inputs[:, group].flatten(0, 1))
                     products *= self_product(self.delta[:, group].flatten(0, 1))
                 else:
-                    products = pairs(self.delta[block, group], other.delta[behind, group])
-                    products *= pairs(ours[:, group], theirs[behind, group])
-                if t * s > 1:
-                    products = products.view(-1, t, m - behind.start, s).sum((1, 3))
+                    products = pairs(self.delta[block, group], self.delta[behind, group])
+                    products *= pairs(inputs[block, group], inputs[behind, group])
+                terms[block] += products.diagonal().view(-1, t).sum(1)
+                products = _over_positions(products, t, t)
                 total[block, behind] += products
-                if is_own:
-                    total[block.stop :, block] += products[:, block.stop - start :].T
+                total[block.stop :, block] += products[:, block.stop - start :].T
+        return total.cpu(), terms.cpu()
+
+    def _factored_cross(self, other: Outer) -> Tensor:
+        """Return the inner products with others from the factors alone, float64 [n, m]."""
+        n, g, t, _ = self.delta.shape
+        m, _, s, _ = other.delta.shape
+        total = torch.zeros(n, m, dtype=torch.float64, device=self.delta.device)
+        theirs = other._inputs(slice(0, m))
+        rows = block_size(m * t * s * self.dtype.itemsize)
+        for start in range(0, n, rows):
+            block = slice(start, start + rows)
+            ours = self._inputs(block)
+            for group in range(g):
+                products = pairs(self.delta[block, group], other.delta[:, group])
+                products *= pairs(ours[:, group], theirs[:, group])
+                total[block] += _over_positions(products, t, s)
         return total.cpu()
 
     def _inputs(self, rows: slice) -> Tensor:
@@ -169,3 +194,10 @@ class Outer(Factor):
             formed = (left.flatten(0, 1) @ right.flatten(0, 1)).unflatten(0, (-1, g))
             parts.append(formed.transpose(2, 3) if self.is_transposed else formed)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _over_positions(products: Tensor, t: int, s: int) -> Tensor:
+    """Add up products [n · t, m · s] to [n, m]."""
+    if t * s == 1:
+        return products
+    return products.unflatten(1, (-1, s)).unflatten(0, (-1, t)).sum((1, 3))

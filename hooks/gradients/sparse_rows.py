@@ -5,7 +5,7 @@ Axes: n, m examples; g groups; t, s positions; o outputs; i inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from sonde.hooks.self_products import self_product
 
 from .factors import Factor, block_size, pairs
 from .outer_products import Outer
+from .row_products import are_nonzero
 
 
 @dataclass
@@ -60,8 +61,16 @@ class Rows(Factor):
         values = self.values.flatten(0, 1)[None]
         return self._sum(self.rows.reshape(1, -1), values, self.num_rows).flatten()
 
-    def gram(self) -> Tensor:
-        """Return the inner products of the gradients, float64 [n, n], on the CPU."""
+    def double(self) -> Rows:
+        """Return the same gradients, of the same values in float64."""
+        return replace(self, values=self.values.double())
+
+    def are_nonzero(self) -> Tensor:
+        """Return which gradients may be other than zero, bool [n]."""
+        return are_nonzero(self.values)
+
+    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products of the gradients, and their squared norms."""
         used, position = torch.unique(self.rows, return_inverse=True)
         n, _, o = self.values.shape
         width = block_size(n * len(used) * self.dtype.itemsize)
@@ -69,14 +78,18 @@ class Rows(Factor):
         for start in range(0, o, width):
             values = self.values[:, :, start : start + width]
             total += self_product(self._sum(position, values, len(used)).flatten(1)).cpu()
-        return total
+        return total, total.diagonal()
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
         is_plain = isinstance(other, Outer) and other.delta.shape[1] == 1
         if not is_plain or cast(Outer, other).is_transposed:
             return super().cross(other)
-        outer = cast(Outer, other)
+        # As between two outer products, terms may cancel.
+        return self.double()._factored_cross(cast(Outer, other).double())
+
+    def _factored_cross(self, outer: Outer) -> Tensor:
+        """Return the inner products with outer products from the factors alone, float64 [n, m]."""
         m, _, s, _ = outer.delta.shape
         n, t, _ = self.values.shape
         total = torch.zeros(n, m, dtype=torch.float64, device=self.values.device)

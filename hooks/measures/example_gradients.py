@@ -17,6 +17,7 @@ from sonde.hooks.gradients.owned_parameters import (
     OwnedParameter,
     owned_parameters,
 )
+from sonde.hooks.gradients.row_products import are_outside
 from sonde.hooks.gradients.saturation import head_attributes
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.losses import Loss
@@ -211,12 +212,12 @@ class ExampleGradients(LayerMeasure):
             kind = "sketch" if is_sketch else "gram"
             dims = ("example", "sketch" if is_sketch else "other_example")
             total = torch.stack(list(layers.values())).sum(0)
-            arrays.append(to_log_array(total.to(dtype), f"{kind}_total", dims))
-            if self.per_layer:
-                arrays += [
-                    to_log_array(values.to(dtype), kind, dims, layer)
-                    for layer, values in layers.items()
-                ]
+            found: dict[str | None, Tensor] = {None: total}
+            found |= layers if self.per_layer else {}
+            for layer, values in found.items():
+                kept = values.to(dtype if is_sketch else _dtype_of_products(values, dtype))
+                field = kind if layer is not None else f"{kind}_total"
+                arrays.append(to_log_array(kept, field, dims, layer))
         for name, values in parameters.items():
             rows = values.flatten(1)
             dims = ("example", f"feature_{rows.shape[1]}")
@@ -234,3 +235,9 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     """Keep float64 for a float64 model, else float32."""
     is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return torch.float64 if is_double else torch.float32
+
+
+def _dtype_of_products(gram: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Keep float64 for inner products that float32 would not hold, as of very small gradients."""
+    squares = gram.diagonal()
+    return torch.float64 if bool((are_outside(squares) & (squares != 0)).any()) else dtype

@@ -209,7 +209,10 @@ def test_both_forms_of_a_sum_of_outer_products_agree(is_transposed: bool) -> Non
     factor = Outer(delta, inputs, 4, lambda source: source, is_transposed)
     torch.testing.assert_close(factor.form(slice(0, 7)), gradients)
     torch.testing.assert_close(factor.sum(), gradients.sum(0))
-    torch.testing.assert_close(factor.factored(factor), gradients @ gradients.T)
+    products, terms = factor.factored()
+    torch.testing.assert_close(products, gradients @ gradients.T)
+    of_terms = torch.einsum("ngto,ngti->ngtoi", delta, inputs)
+    torch.testing.assert_close(terms, of_terms.flatten(1).square().sum(1))
     torch.testing.assert_close(factor.gram(), gradients @ gradients.T)
     torch.testing.assert_close(factor.squared_norms(), (gradients**2).sum(1))
 
