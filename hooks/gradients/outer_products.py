@@ -200,4 +200,5 @@ def _over_positions(products: Tensor, t: int, s: int) -> Tensor:
     """Add up products [n · t, m · s] to [n, m]."""
     if t * s == 1:
         return products
-    return products.unflatten(1, (-1, s)).unflatten(0, (-1, t)).sum((1, 3))
+    summed: Tensor = products.unflatten(1, (-1, s)).unflatten(0, (-1, t)).sum((1, 3))
+    return summed

@@ -213,7 +213,8 @@ class ExampleGradients(LayerMeasure):
             dims = ("example", "sketch" if is_sketch else "other_example")
             total = torch.stack(list(layers.values())).sum(0)
             found: dict[str | None, Tensor] = {None: total}
-            found |= layers if self.per_layer else {}
+            if self.per_layer:
+                found.update(layers)
             for layer, values in found.items():
                 kept = values.to(dtype if is_sketch else _dtype_of_products(values, dtype))
                 field = kind if layer is not None else f"{kind}_total"

@@ -48,7 +48,8 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, 1)
-        return (self.layer(first) - self.layer(second)).mean(1).tanh()
+        out: Tensor = (self.layer(first) - self.layer(second)).mean(1).tanh()
+        return out
 
 
 def embedding(offset: float) -> nn.Module:
