@@ -27,6 +27,7 @@ test-full: $(VENV)/.test-installed
 bench: $(VENV)/.bench-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_read.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_small.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/capture_memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/example_gradients.py
