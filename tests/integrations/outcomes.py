@@ -108,11 +108,10 @@ def assert_resumes(
     assert run.steps("predictions") == list(predicted)
 
 
-def assert_closed(path: Path, num_steps: int, model: nn.Module) -> None:
-    """A run is closed after a RuntimeError, and the model is free of hooks."""
+def assert_closed(
+    path: Path, num_steps: int, model: nn.Module, state: str = "ended by RuntimeError"
+) -> None:
+    """A run is closed after an error, and the model is free of hooks."""
     run = sonde.open_run(path)
-    assert (run.state, run.steps("activations")) == (
-        "ended by RuntimeError",
-        list(range(num_steps)),
-    )
+    assert (run.state, run.steps("activations")) == (state, list(range(num_steps)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
