@@ -258,7 +258,8 @@ def test_lack_of_memory_costs_only_what_is_counted(
     memory_path: Path, place: str, is_full: bool, counts: Counter[str]
 ) -> None:
     num_lost = []
-    for turn in range(20) if is_full else random.Random(place).sample(range(20), 8):
+    # The first calls in any case: buffers are used again, so that there may be few.
+    for turn in range(20) if is_full else {0, 1, *random.Random(place).sample(range(20), 6)}:
         run_path = new_run(memory_path / f"seed{turn}")
         writer = LogWriter(run_path, segment_bytes=2_000, seal=False)
         writer.add_table("probe", [LogArray("id", IDS, ("example",))])

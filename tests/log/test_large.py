@@ -76,8 +76,9 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             return pwritev(fd, buffers[:2], offset)
         return pwritev(fd, [first[: size // 2 + 3]], offset)
 
-    for name in ("scan._CHUNK_BYTES", "segment._CHUNK_BYTES", "segment_writer._BATCH_BYTES"):
-        monkeypatch.setattr(f"sonde.log.{name}", size)
+    for module in ("scan", "segment_file", "segment_records"):
+        monkeypatch.setattr(f"sonde.log.{module}._CHUNK_BYTES", size)
+    monkeypatch.setattr("sonde.log.segment_writer._BATCH_BYTES", size)
     monkeypatch.setattr("sonde.log.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)
     monkeypatch.setattr(os, "pwritev", write_some)
