@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from .failures import reason_for
 from .live import LiveMeasures
 from .measures.base import Measure, Recording, Subject
 from .model_states import MadeParametersError
@@ -244,9 +245,9 @@ class DueMeasures:
         if self._on_error == "raise":
             raise error
         self.measures.remove(measure)
-        reason = f"{type(error).__name__}: {error}"
+        reason = reason_for(error)
         self._log.note("disabled", step, measure=measure.name, source=measure.source, reason=reason)
         self._log.warn(
-            f"{measure.name} of '{measure.source}' failed at step {step} and is switched "
-            f"off; the training goes on ({reason})"
+            f"{measure.name} of '{measure.source}' could not be recorded at step {step}, so sonde "
+            f"switches it off; the training goes on. Reason: {reason}"
         )

@@ -36,7 +36,7 @@ def test_an_example_records_a_training_and_reads_a_number(name: str, tmp_path: P
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
-    assert "switched off" not in done.stderr
+    assert "switches it off" not in done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert EXAMPLES[name] in last
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", last)]

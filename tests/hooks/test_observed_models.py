@@ -155,7 +155,7 @@ def test_a_measure_that_fails_in_a_hook_does_not_end_the_training(
 
     monkeypatch.setattr(sonde.Full, "part", fail)
     model, data = Net(), batches(3)
-    with pytest.warns(UserWarning, match="failed at step 0 and is switched off.*no room"):
+    with pytest.warns(UserWarning, match="recorded at step 0, so sonde switches it off.*no room"):
         run = record(tmp_path, model, [activations()], plain_loop(model, data), on_error="warn")
     assert [note["event"] for note in run.notes if note["event"] == "disabled"] == ["disabled"]
     assert not any(module._forward_hooks for module in model.modules())
@@ -183,6 +183,8 @@ def test_a_model_whose_outputs_cannot_be_looked_at_is_trained_all_the_same(
             F.cross_entropy(model(batch.inputs)["logits"], batch.targets).backward()
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="failed at step 0 and is switched off.*do not look"):
+    with pytest.warns(
+        UserWarning, match="recorded at step 0, so sonde switches it off.*do not look"
+    ):
         run = record(tmp_path, model, [activations()], loop, on_error="warn")
     assert run.measures == []

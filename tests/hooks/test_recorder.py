@@ -193,7 +193,9 @@ def test_a_failing_measure_is_switched_off_warned_of_once_and_marked(
     measures = [Failing(), sonde.Predictions(sonde.Probe(images))]
     recorder = sonde.Recorder(tmp_path / "run", conv_net, measures, when=sonde.every(1))
     recorder.attach(optimizer)
-    with pytest.warns(UserWarning, match="switched off; the training goes on") as caught:
+    with pytest.warns(
+        UserWarning, match="switches it off; the training goes on. Reason: Runtime"
+    ) as caught:
         train(
             conv_net,
             optimizer,
@@ -221,7 +223,7 @@ def test_warnings_turned_into_errors_do_not_end_the_training(
         warnings.simplefilter("error")
         recorder.step()
     recorder.close()
-    assert "switched off" in capsys.readouterr().err
+    assert "sonde switches it off" in capsys.readouterr().err
 
 
 def test_on_error_raise_shows_the_failure(tmp_path: Path) -> None:
