@@ -14,6 +14,7 @@ from torch import nn
 from sonde.exceptions import InvalidInputError
 from sonde.sizes import size_text
 
+from .arguments import check_whole
 from .environment import describe_model, environment
 from .estimate import Estimate
 from .measures.base import Measure
@@ -38,8 +39,8 @@ def check_arguments(
         )
     if on_error not in ("warn", "raise"):
         raise InvalidInputError(f"`on_error` (={on_error!r}) must be 'warn' or 'raise'")
-    if steps_per_epoch is not None and steps_per_epoch < 1:
-        raise InvalidInputError(f"`steps_per_epoch` (={steps_per_epoch}) must be >= 1")
+    if steps_per_epoch is not None:
+        check_whole("steps_per_epoch", steps_per_epoch, 1)
     return found
 
 

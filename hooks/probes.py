@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
 
+from .arguments import check_whole
 from .datasets import DatasetRows
 from .digests import ExamplesDigest, digest, input_digest
 from .example_axes import ExampleAxes
@@ -74,8 +75,9 @@ class Probe:
         in_memory: bool = True,
         sharded: bool = False,
     ) -> None:
-        if batch_dim < 0:
-            raise InvalidInputError(f"`batch_dim` (={batch_dim}) must be >= 0")
+        check_whole("batch_dim", batch_dim, 0)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
         dataset = DatasetRows(inputs) if isinstance(inputs, Dataset | DataLoader) else None
         if dataset is None and not in_memory:
             raise InvalidInputError("`in_memory=False` needs a dataset, which can be read again")
@@ -88,8 +90,6 @@ class Probe:
         self.axes = ExampleAxes(batch_dim)
         self.sharded = sharded
         self.batch_size = 256 if batch_size is None else batch_size
-        if self.batch_size < 1:
-            raise InvalidInputError(f"`batch_size` (={batch_size}) must be >= 1")
         self._dataset = dataset
         self._inputs: Inputs | None = None
         if dataset is not None and not in_memory:
@@ -100,7 +100,7 @@ class Probe:
                 inputs, targets = dataset.read(slice(None))
             self._inputs = self._hold(inputs)
             self.num_examples = self._common_length(self._inputs)
-        self.targets = None if targets is None else as_tensor(targets).detach().clone()
+        self.targets = None if targets is None else _values("targets", targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
         self._ids_are_positions = ids is None
         if self.targets is not None:
@@ -344,10 +344,27 @@ def as_tensor(values: Any) -> Tensor:
 
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
-        return {str(name): as_tensor(value).detach() for name, value in inputs.items()}
+        return {str(name): _values("inputs", value).detach() for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(as_tensor(value).detach() for value in inputs)
-    return as_tensor(inputs).detach()
+        return tuple(_values("inputs", value).detach() for value in inputs)
+    return _values("inputs", inputs).detach()
+
+
+def _values(name: str, values: Any) -> Tensor:
+    """Return an argument as a tensor.
+
+    Raises:
+        InvalidInputError: If it cannot be one.
+    """
+    try:
+        return as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        dtype = getattr(values, "dtype", None)
+        kind = type(values).__name__ + (f" of {dtype}" if dtype is not None else "")
+        raise InvalidInputError(
+            f"`{name}` contains a {kind}, which is no tensor and cannot become one ({error}); "
+            "give tensors, arrays or lists of numbers"
+        ) from error
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:

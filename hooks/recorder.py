@@ -21,6 +21,7 @@ from sonde.log.appender import Sync
 from sonde.log.endings import why_ended
 
 from . import closing
+from .arguments import check_schedule
 from .before_training import check_arguments, check_size, describe, describe_attempt, prepare
 from .due_measures import DueMeasures
 from .environment import process_rank
@@ -101,6 +102,7 @@ class Recorder:
         self.num_epochs = 0
         self._epoch_step = 0
         self._subject = Subject(unwrap(model))
+        check_schedule(when)
         self._when = log_spaced() if when is None else when
         self._steps_per_epoch = steps_per_epoch
         self._on_error = on_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -128,8 +129,13 @@ def at(*steps: int) -> Schedule:
     Raises:
         InvalidInputError: If there is none, or one is negative.
     """
-    if not steps or min(steps) < 0:
-        raise InvalidInputError(f"`at` {steps} needs at least one step, and none below 0")
+    if len(steps) == 1 and not isinstance(steps[0], numbers.Number | str) and steps[0] is not None:
+        raise InvalidInputError("`at` takes steps one by one: write at(*steps) for a list of steps")
+    are_whole = all(isinstance(step, numbers.Integral) for step in steps)
+    if not steps or not are_whole or min(steps) < 0:
+        raise InvalidInputError(
+            f"`at` {steps} needs at least one step; steps are whole numbers >= 0, as in at(0, 100)"
+        )
     return _At(frozenset(steps))
 
 
@@ -151,8 +157,8 @@ def log_spaced(stop: int | None = None, *, per_decade: float = 8) -> Schedule:
     """
     if stop is not None:
         _check_positive("log_spaced", stop)
-    if not per_decade > 0:
-        raise InvalidInputError(f"`per_decade` (={per_decade}) must be > 0")
+    if not isinstance(per_decade, numbers.Real) or not per_decade > 0:
+        raise InvalidInputError(f"`per_decade` (={per_decade!r}) must be a number > 0")
     return _LogSpaced(stop, per_decade)
 
 
@@ -173,5 +179,5 @@ def epochs(num_epochs: int = 1) -> Schedule:
 
 
 def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise InvalidInputError(f"`{name}` (={value!r}) must be a whole number >= 1")

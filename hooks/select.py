@@ -22,8 +22,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module behind DistributedDataParallel, torch.compile and the like.
 
     Raises:
+        InvalidInputError: If it is no module.
         UnsupportedModelError: If the model runs without calling its modules.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            f"`model` is a {type(model).__name__}; expected a torch.nn.Module, such as the model "
+            "that is trained"
+        )
     inner = _inner(model)
     while inner is not None:
         model, inner = inner, _inner(inner)

@@ -31,6 +31,7 @@ from .accumulators import (
     RowsAccumulator,
     as_matrix,
 )
+from .arguments import check_dtype, check_whole
 from .host_copies import empty_on_host, start_copy, wait_for_copies
 from .log_arrays import to_log_array
 from .parts import offset_arrays, part_of_blocks, reference_for, relative_to
@@ -110,14 +111,13 @@ class Gram(Store):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 4:
-            raise InvalidInputError(
-                f"`block` (={self.block}) must be >= 4, the examples that centring takes"
-            )
+        if self.block is not None:
+            check_whole("block", self.block, 4, note=", because centring needs 4 examples")
+        check_dtype(self.dtype)
         if self.dtype not in (None, torch.float32, torch.float64):
             raise InvalidInputError(
-                f"`dtype` (={self.dtype}) of a Gram matrix must be float32 or float64: lower "
-                "precision loses what centring leaves"
+                f"`dtype` (={self.dtype}) of a Gram matrix must be torch.float32 or "
+                "torch.float64, because centring cancels most digits of a lower precision"
             )
 
     def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
@@ -222,15 +222,15 @@ class Sketch(Store):
         seed: Another seed is another projection.
 
     Raises:
-        InvalidInputError: If `dim` is below 1.
+        InvalidInputError: If `dim` is below 1, or `seed` below 0.
     """
 
     dim: int
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise InvalidInputError(f"`dim` (={self.dim}) must be >= 1")
+        check_whole("dim", self.dim, 1)
+        check_whole("seed", self.seed, 0)
 
     def accumulator(self, num_examples: int, none: Tensor, room: Room | None = None) -> Accumulator:
         """Return an accumulator that holds the sketches of the examples so far."""
@@ -318,8 +318,10 @@ class Full(Store):
     def __post_init__(self) -> None:
         if self.pool not in (None, "mean", "max"):
             raise InvalidInputError(f"`pool` (={self.pool!r}) must be 'mean', 'max' or None")
-        if self.units is not None and self.units < 1:
-            raise InvalidInputError(f"`units` (={self.units}) must be >= 1")
+        if self.units is not None:
+            check_whole("units", self.units, 1)
+        check_whole("seed", self.seed, 0)
+        check_dtype(self.dtype)
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidInputError(f"`dtype` (={self.dtype}) must be a floating-point type")
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sonde.hooks.arguments import check_schedule
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.training import Training, TrainingStep
@@ -126,6 +127,7 @@ class ProbeMeasure(Measure):
     """
 
     def __init__(self, probe: Probe | Any, *, when: Schedule | None = None) -> None:
+        check_schedule(when)
         self.probe: Probe = probe if isinstance(probe, Probe) else Probe(probe)
         self.when = when
 

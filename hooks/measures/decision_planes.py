@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.arguments import check_schedule, check_whole
 from sonde.hooks.digests import digest
 from sonde.hooks.example_ids import as_int64
 from sonde.hooks.probes import as_tensor, device_of, undisturbed
@@ -240,6 +242,7 @@ class DecisionPlanes(Measure):
             yield shaped.to(device, self._inputs.dtype)
 
     def _check_arguments(self) -> None:
+        check_schedule(self.when)
         if not self._inputs.is_floating_point() or self._inputs.ndim < 2:
             raise InvalidInputError(
                 f"`inputs` has shape {list(self._inputs.shape)} and dtype {self._inputs.dtype}; "
@@ -259,16 +262,12 @@ class DecisionPlanes(Measure):
                 f"`ids` has shape {self._ids.shape}; expected one integer for each of the "
                 f"{len(self._inputs)} examples"
             )
-        if self._batch_size < 1:
-            raise InvalidInputError(f"`batch_size` (={self._batch_size}) must be >= 1")
-        if self._resolution < 2 or self._margin < 0:
-            raise InvalidInputError(
-                f"`resolution` (={self._resolution}) must be >= 2 and `margin` "
-                f"(={self._margin}) >= 0"
-            )
-        if isinstance(self._triplets, int):
-            if self._triplets < 1:
-                raise InvalidInputError(f"`triplets` (={self._triplets}) must be >= 1")
+        check_whole("batch_size", self._batch_size, 1)
+        check_whole("resolution", self._resolution, 2)
+        if not isinstance(self._margin, numbers.Real) or not self._margin >= 0:
+            raise InvalidInputError(f"`margin` (={self._margin!r}) must be a number >= 0")
+        if isinstance(self._triplets, numbers.Number | str):
+            check_whole("triplets", self._triplets, 1)
             return
         given = np.asarray(self._triplets)
         if given.ndim != 2 or given.shape[1] != 3 or not len(given):

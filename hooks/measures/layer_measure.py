@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sonde.exceptions import InvalidInputError
+from sonde.hooks.arguments import check_schedule, check_whole
 from sonde.hooks.live_outputs import LiveOutputs
 from sonde.hooks.probes import Probe
 from sonde.hooks.schedule import Schedule
@@ -30,7 +31,7 @@ class LayerMeasure(Measure):
         when: When it is due; None takes the recorder's schedule.
 
     Raises:
-        InvalidInputError: If `memory` is below 1.
+        InvalidInputError: If `memory`, `store` or `when` is none of these.
     """
 
     def __init__(
@@ -46,8 +47,12 @@ class LayerMeasure(Measure):
             self.training = source
         else:
             self.probe = source if isinstance(source, Probe) else Probe(source)
-        if memory < 1:
-            raise InvalidInputError(f"`memory` (={memory}) must be >= 1, in bytes")
+        check_whole("memory", memory, 1, note=", in bytes")
+        check_schedule(when)
+        if store is not None and not isinstance(store, Store):
+            raise InvalidInputError(
+                f"`store` (={store!r}) must be a store, such as sonde.Gram() or sonde.Full()"
+            )
         self.layers = layers
         self.store = Gram() if store is None else store
         self.memory = memory

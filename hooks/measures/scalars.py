@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from sonde.hooks.arguments import check_schedule
 from sonde.hooks.schedule import Schedule
 from sonde.log import LogArray
 
@@ -27,6 +28,7 @@ class Scalars(Measure):
     name = "scalars"
 
     def __init__(self, *, when: Schedule | None = None) -> None:
+        check_schedule(when)
         self.when = when
 
     @property

@@ -80,7 +80,9 @@ def test_grams_are_the_same_however_little_memory_there_is(
 
 
 def test_a_budget_below_one_byte_is_refused(images: Tensor) -> None:
-    with pytest.raises(InvalidInputError, match=r"`memory` \(=0\) must be >= 1, in bytes"):
+    with pytest.raises(
+        InvalidInputError, match=r"`memory` \(=0\) must be a whole number >= 1, in bytes"
+    ):
         sonde.Activations(sonde.Probe(images), memory=0)
 
 

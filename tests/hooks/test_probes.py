@@ -174,7 +174,10 @@ def test_digests_tell_inputs_and_ids_apart() -> None:
         ({"inputs": torch.ones(0, 2)}, "at least one"),
         ({"inputs": torch.ones(2), "ids": [7, 7]}, "`ids` repeats 7"),
         ({"inputs": torch.ones(2), "ids": [1.5, 2.0]}, "expected one integer for each of the 2"),
-        ({"inputs": torch.ones(2), "batch_size": 0}, r"`batch_size` \(=0\) must be >= 1"),
+        (
+            {"inputs": torch.ones(2), "batch_size": 0},
+            r"`batch_size` \(=0\) must be a whole number >= 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:

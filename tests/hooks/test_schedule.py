@@ -76,10 +76,10 @@ def test_every_refuses_what_is_no_distance(value: Any) -> None:
 
 
 def test_at_refuses_negative_steps() -> None:
-    with pytest.raises(InvalidInputError, match="none below 0"):
+    with pytest.raises(InvalidInputError, match="steps are whole numbers >= 0"):
         sonde.at(3, -1)
 
 
 def test_log_spaced_refuses_zero_density() -> None:
-    with pytest.raises(InvalidInputError, match=r"`per_decade` \(=0\) must be > 0"):
+    with pytest.raises(InvalidInputError, match=r"`per_decade` \(=0\) must be a number > 0"):
         sonde.log_spaced(per_decade=0)

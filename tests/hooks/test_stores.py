@@ -115,8 +115,8 @@ def test_another_seed_is_another_projection() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Gram(torch.float16), "must be float32 or float64"),
-        (lambda: Sketch(0), r"`dim` \(=0\) must be >= 1"),
+        (lambda: Gram(torch.float16), "must be torch.float32 or torch.float64"),
+        (lambda: Sketch(0), r"`dim` \(=0\) must be a whole number >= 1"),
         (lambda: Full(torch.int8), "must be a floating-point type"),
         (lambda: Full(pool=cast(Any, "sum")), "must be 'mean', 'max' or None"),
     ],
@@ -195,7 +195,7 @@ def test_some_units_are_columns_of_all(tmp_path: Path) -> None:
 
 
 def test_a_block_too_small_to_be_centred_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`block` \(=3\) must be >= 4"):
+    with pytest.raises(ValueError, match=r"`block` \(=3\) must be a whole number >= 4"):
         sonde.Gram(block=3)
 
 

@@ -254,7 +254,7 @@ def test_a_pair_of_others_is_like_the_first_examples() -> None:
     [
         (torch.zeros(5, 7, 2), torch.zeros(5, 6), 1, "`targets` has 6 examples, `inputs` 7"),
         ((torch.zeros(5, 7), torch.zeros(6)), None, 1, "tensors with axis 1 of the same number"),
-        (torch.zeros(5, 7), None, -1, r"`batch_dim` \(=-1\) must be >= 0"),
+        (torch.zeros(5, 7), None, -1, r"`batch_dim` \(=-1\) must be a whole number >= 0"),
     ],
 )
 def test_what_does_not_fit_the_axis_is_refused(
