@@ -119,9 +119,12 @@ class DueMeasures:
         if self._live is None or self._live.step is None or self._is_stopped:
             return
         self._log.state_start()
-        dropped = self._live.step.dropped
+        seen_step = self._live.step
         finished = self._live.finish(is_before_update=is_before_update)
-        self._warn_of_dropped(dropped, step)
+        self._warn_of_dropped(seen_step.dropped, step)
+        if seen_step.misuse is not None:
+            self._log.note("missed", step, reason=seen_step.misuse)
+            self._log.warn(f"at step {step} {seen_step.misuse}", once="misuse")
         for measure, seen in finished.items():
             self._taken_at[measure] = step
             try:

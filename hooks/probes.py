@@ -100,7 +100,7 @@ class Probe:
                 inputs, targets = dataset.read(slice(None))
             self._inputs = self._hold(inputs)
             self.num_examples = self._common_length(self._inputs)
-        self.targets = None if targets is None else _values("targets", targets).detach().clone()
+        self.targets = None if targets is None else values_of("targets", targets).detach().clone()
         self.ids = _as_ids(ids, self.num_examples)
         self._ids_are_positions = ids is None
         if self.targets is not None:
@@ -344,13 +344,13 @@ def as_tensor(values: Any) -> Tensor:
 
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Mapping):
-        return {str(name): _values("inputs", value).detach() for name, value in inputs.items()}
+        return {str(name): values_of("inputs", value).detach() for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(_values("inputs", value).detach() for value in inputs)
-    return _values("inputs", inputs).detach()
+        return tuple(values_of("inputs", value).detach() for value in inputs)
+    return values_of("inputs", inputs).detach()
 
 
-def _values(name: str, values: Any) -> Tensor:
+def values_of(name: str, values: Any) -> Tensor:
     """Return an argument as a tensor.
 
     Raises:

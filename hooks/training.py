@@ -49,6 +49,13 @@ TRAINING = Training()
 _THROWN_AWAY = "their gradients were set to None or zero before the optimizer stepped"
 _NOT_UPDATED = "their gradients came to no parameter that the attached optimizer updates"
 
+_MISUSE = (
+    "examples that recorder.batch() named belong to no forward pass of the step, because it was "
+    "called twice for one micro-batch, or after its backward pass; call it once for each "
+    "micro-batch, between its forward and its backward pass, or put both into "
+    "`with recorder.batch(ids=…):`"
+)
+
 
 @dataclass
 class Batch:
@@ -77,6 +84,14 @@ class Batch:
         """How many examples it has, if that was told."""
         told = self.ids if self.ids is not None else self.targets
         return None if told is None else len(told)
+
+    def has_examples_of(self, other: Batch | None) -> bool:
+        """Whether the same examples were named of another one; by targets where ids lack."""
+        if other is None or self.num_examples != other.num_examples:
+            return False
+        if self.ids is not None and other.ids is not None:
+            return np.array_equal(self.ids, other.ids)
+        return np.array_equal(np.asarray(self.targets), np.asarray(other.targets))
 
 
 @dataclass(eq=False)
@@ -159,6 +174,8 @@ class TrainingStep:
         self._running: Pass | None = None
         self._depth = 0
         self._told: Batch | None = None  # Of the micro-batch that comes next.
+        self._is_certain = False  # The pass is still to come, for certain.
+        self._was_replaced = False  # Examples were named twice, before any pass.
         self._is_apart = False  # The next pass begins a micro-batch, whatever came before.
         # Not those a pass finds: with sharded parameters the layers then hold others, whole ones.
         self._parameters = list(model.parameters())
@@ -276,10 +293,10 @@ class TrainingStep:
             return
         last = self._micro_batches[-1] if self._micro_batches else None
         if is_ahead or last is None or last.has_gradients:
-            self._told, self._is_apart = batch, True
+            self._tell_ahead(batch, is_certain=is_ahead)
         elif last.batch is None:
             self._attach(last, batch)
-        elif batch.num_examples is None:
+        elif batch.num_examples is None or batch.has_examples_of(last.batch):
             # Its examples were named before, and now comes the loss.
             if loss is not None:
                 last.batch.reduction, last.batch.divided_by = batch.reduction, batch.divided_by
@@ -287,13 +304,31 @@ class TrainingStep:
                 last.batch.num_real = batch.num_real
             batch = last.batch
         else:
-            self._told, self._is_apart = batch, True
+            self._tell_ahead(batch, is_certain=False)
         if loss is not None and loss.requires_grad:
             shown = shown_loss(loss)
             batch.is_of_examples = shown is not None and shown.is_of_examples(
                 batch.reduction, batch.divided_by
             )
             loss.register_hook(lambda gradient: setattr(batch, "scale", gradient.detach().clone()))
+
+    @property
+    def misuse(self) -> str | None:
+        """Why examples that `Recorder.batch` named are those of no pass, once the step is over."""
+        if self.num_late_passes:  # They may have been named, as those of a closure are.
+            return None
+        return _MISUSE if self._was_replaced or self._is_waiting() else None
+
+    def _tell_ahead(self, batch: Batch, *, is_certain: bool) -> None:
+        """Name the examples of the next pass."""
+        if self._told is not batch and self._is_waiting() and batch.num_examples is not None:
+            self._was_replaced |= not batch.has_examples_of(self._told)
+        self._told, self._is_apart, self._is_certain = batch, True, is_certain
+
+    def _is_waiting(self) -> bool:
+        """Tell whether examples were named, perhaps by mistake, of a pass that did not come."""
+        told = self._told
+        return told is not None and told.num_examples is not None and not self._is_certain
 
     def take_back(self, batch: Batch) -> None:
         """Forget what was told of the latest passes, as it is of those to come."""

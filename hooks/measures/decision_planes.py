@@ -94,7 +94,7 @@ class DecisionPlanes(Measure):
         when: Schedule | None = None,
     ) -> None:
         self._inputs = as_tensor(inputs).detach()
-        self._targets = np.asarray(as_tensor(targets).cpu())
+        self._targets = np.asarray(values_of("targets", targets).cpu())
         self._ids = np.arange(len(self._inputs)) if ids is None else as_int64(np.asarray(ids))
         self._triplets = triplets
         self._resolution = resolution

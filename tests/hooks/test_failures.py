@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sonde
+from sonde.hooks.measures.base import Measure
 
 ADVICE = "remove this one, or disable it while sonde measures"
 
@@ -26,7 +27,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
 
 
-def measured(path: Path, model: nn.Module, measure: sonde.Measure) -> str:
+def measured(path: Path, model: nn.Module, measure: Measure) -> str:
     """Return why a measure was switched off, as the log has it."""
     with sonde.Recorder(path, model, [measure], when=sonde.every(1)) as recorder:
         recorder.measure()

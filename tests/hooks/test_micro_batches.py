@@ -225,3 +225,47 @@ def test_wrong_ids_are_refused_without_ending_the_training(
     with pytest.warns(UserWarning, match=rf"recorder.batch\(\) is ignored: {message}"):
         run = record(tmp_path, model, [activations()], loop, on_error="warn")
     assert run.steps("activations") == [0]
+
+
+def test_the_same_ids_twice_name_one_micro_batch(tmp_path: Path) -> None:
+    model, data = Net(), batches(2)
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        for batch in data:
+            recorder.batch(ids=batch.ids)
+            loss = F.cross_entropy(model(batch.inputs), batch.targets)
+            recorder.batch(ids=batch.ids)
+            recorder.batch(ids=batch.ids, loss=loss)
+            (3 * loss).backward()
+        optimizer.step()
+
+    run = record(tmp_path, model, [gradients("3")], loop)
+    log = run["output_gradients"]
+    np.testing.assert_array_equal(log.ids_at(0), torch.cat([batch.ids for batch in data]))
+    assert log.attributes(0)["factors"] == [pytest.approx(NUM_EXAMPLES / 3)] * 2
+
+
+@pytest.mark.parametrize("place", ["before the pass", "after the pass", "after backward"])
+def test_ids_of_no_pass_are_warned_of(tmp_path: Path, place: str) -> None:
+    model, (batch, other) = Net(), batches(2)
+
+    def loop(recorder: sonde.Recorder, optimizer: torch.optim.Optimizer) -> None:
+        if place == "before the pass":
+            recorder.batch(ids=other.ids)
+            recorder.batch(ids=batch.ids)
+        loss = F.cross_entropy(model(batch.inputs), batch.targets)
+        if place == "after the pass":
+            recorder.batch(ids=batch.ids)
+            recorder.batch(ids=other.ids)
+        loss.backward()
+        if place == "after backward":
+            recorder.batch(ids=batch.ids)
+        optimizer.step()
+
+    with pytest.warns(sonde.SondeWarning, match="at step 0 examples that recorder.batch.. named"):
+        run = record(tmp_path, model, [activations()], loop)
+    if place == "after backward":
+        assert run.activations.attributes(0)["ids"].startswith("unknown")
+    else:
+        np.testing.assert_array_equal(run.activations.ids_at(0), batch.ids)
+    assert any("called twice for one micro-batch" in note.get("reason", "") for note in run.notes)
