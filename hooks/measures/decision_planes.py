@@ -17,7 +17,7 @@ from sonde.exceptions import InvalidInputError
 from sonde.hooks.arguments import check_schedule, check_whole
 from sonde.hooks.digests import digest
 from sonde.hooks.example_ids import as_int64
-from sonde.hooks.probes import as_tensor, device_of, undisturbed
+from sonde.hooks.probes import device_of, undisturbed, values_of
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.scores import Output, Scores, check_outputs
 from sonde.log import LogArray
@@ -93,7 +93,7 @@ class DecisionPlanes(Measure):
         name: str = "planes",
         when: Schedule | None = None,
     ) -> None:
-        self._inputs = as_tensor(inputs).detach()
+        self._inputs = values_of("inputs", inputs).detach()
         self._targets = np.asarray(values_of("targets", targets).cpu())
         self._ids = np.arange(len(self._inputs)) if ids is None else as_int64(np.asarray(ids))
         self._triplets = triplets

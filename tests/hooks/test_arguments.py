@@ -56,6 +56,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: Activations(PROBE, when=10), "`when` (=10) must be a schedule, such as sonde.every"),
     (lambda: sonde.Predictions(PROBE, when="every(10)"), "`when` (='every(10)') must be a sched"),  # type: ignore[arg-type]  # Wrong on purpose.
     (lambda: sonde.Scalars(when=3), "`when` (=3) must be a schedule"),  # type: ignore[arg-type]  # Wrong on purpose.
+    (lambda: DecisionPlanes("x", Y), "`inputs` contains a str, which is no tensor"),
+    (lambda: DecisionPlanes(X, None), "`targets` contains a NoneType, which is no tensor"),
     (lambda: DecisionPlanes(X, Y, when=3), "`when` (=3) must be a schedule"),
     (lambda: DecisionPlanes(X, Y, resolution="5"), "`resolution` (='5') must be a whole number"),
     (lambda: DecisionPlanes(X, Y, margin="a"), "`margin` (='a') must be a number >= 0"),
