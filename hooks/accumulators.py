@@ -138,10 +138,16 @@ class GramAccumulator(Accumulator):
         batch = as_matrix(features)
         rows = slice(self._next, self._next + len(batch))
         self._next = rows.stop
+        is_last = rows.stop == self._num_examples
+        products: Tensor | None = None
         if self._reference is None:  # The same for all batches, in all passes.
-            self._reference = Reference.of(batch, self._dtype)
+            # Where one batch is all, its products are right already unless it is far from zero.
+            products = self_product(batch.to(self._dtype)) if is_held and is_last else None
+            self._reference = Reference.of(batch, self._dtype, products)
+        if products is not None and self._reference.is_zero:
+            self._gram[rows, rows] = products
         # Later batches need these features again, and the model may overwrite them.
-        if is_held and rows.stop < self._num_examples:
+        elif is_held and not is_last:
             copy = self._reference.subtract_from(self._room.copy(batch, self._dtype))
             self._multiply(rows, slice(None), copy, is_held)
             self._held.append((rows, copy))
@@ -151,7 +157,7 @@ class GramAccumulator(Accumulator):
         for others, _ in self._held:
             if others != rows:
                 self._gram[others, rows] = self._gram[rows, others].T
-        if rows.stop == self._num_examples:
+        if is_last:
             self._held = []
 
     def _multiply(self, rows: slice, columns: slice, relative: Tensor, is_held: bool) -> None:
@@ -161,7 +167,8 @@ class GramAccumulator(Accumulator):
             self._gram[rows, others].addmm_(relative, held[:, columns].T)
         if is_held:
             self._gram[rows, rows] += self_product(relative)
-            self._offsets[rows] += self._reference.offsets(relative, columns)
+            if not self._reference.is_zero:
+                self._offsets[rows] += self._reference.offsets(relative, columns)
 
     def arrays(self, layer: str) -> list[LogArray]:
         """Return what is recorded of the layer."""

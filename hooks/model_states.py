@@ -31,6 +31,10 @@ _FIRST_COPY_BYTES = 64 << 20
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OWN_TABLES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, dict, set)
+# Most of what modules hold is one of these, or an empty table of hooks. A model has hundreds of
+# them, so they are passed over quickly.
+_EMPTY: dict[Any, Any] = {}
+_PLAIN = frozenset([bool, int, float, str, type(None)])
 
 
 class MadeParametersError(SondeError, RuntimeError):
@@ -79,7 +83,10 @@ class ModelState:
                 self._take(module, name, parameter)
         for module, names in self._names.items():
             for name, value in names.items():
-                if name not in _OWN_TABLES:
+                if name in _OF_EVERY_MODULE and not value:
+                    if isinstance(value, dict) and name not in _OWN_TABLES:
+                        self._contents.append((value, _EMPTY))
+                elif type(value) not in _PLAIN and name not in _OWN_TABLES:
                     self._take(module, name, value)
         self._kept = {
             buffer: KeptTensor(buffer)
@@ -111,6 +118,8 @@ class ModelState:
             if module.training is not mode:
                 module.training = mode
         for container, content in self._contents:
+            if not container and not content:
+                continue
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
         for generator, state in self._generators:
@@ -127,14 +136,19 @@ class ModelState:
     def _restore_tables(self, module: nn.Module) -> list[str]:
         """Put back what a module owns; return the names of parameters that were made."""
         parameters, buffers, modules = self._tables[module]
-        made = [name for name in module._parameters.keys() - parameters.keys()]
+        made = []
+        if module._parameters.keys() != parameters.keys():
+            made = [name for name in module._parameters.keys() - parameters.keys()]
         for name in made:
             del module._parameters[name]
-        for name in module._modules.keys() - modules.keys():
-            new = module._modules.pop(name)
-            made += [] if new is None else [f"{name}.{p}" for p, _ in new.named_parameters()]
+        if module._modules.keys() != modules.keys():
+            for name in module._modules.keys() - modules.keys():
+                new = module._modules.pop(name)
+                made += [] if new is None else [f"{name}.{p}" for p, _ in new.named_parameters()]
         # A module may bind a new tensor to a buffer's name, instead of changing it.
         for table, before in ((module._buffers, buffers), (module._modules, modules)):
+            if not table and not before:
+                continue
             for name in table.keys() - before.keys():
                 del table[name]
             table.update(before)

@@ -53,10 +53,20 @@ class Reference:
         self.dtype = dtype
 
     @classmethod
-    def of(cls, features: Tensor, dtype: torch.dtype) -> Reference:
-        """Choose what to subtract by the first features that are seen, [batch, features]."""
-        rows = features[:NUM_DECIDING].to(dtype)
-        return cls(_middle(rows) if _is_far_from_zero(rows) else None, dtype)
+    def of(cls, features: Tensor, dtype: torch.dtype, products: Tensor | None = None) -> Reference:
+        """Choose what to subtract by the first features that are seen, [batch, features].
+
+        Args:
+            features: The features.
+            dtype: The type in which they are multiplied.
+            products: Their inner products, [batch, batch], if they are known.
+        """
+        if products is None:
+            rows = features[:NUM_DECIDING].to(dtype)
+            products = rows @ rows.T
+        if not _is_far_from_zero(products[:NUM_DECIDING, :NUM_DECIDING]):
+            return cls(None, dtype)
+        return cls(_middle(features[:NUM_DECIDING].to(dtype)), dtype)
 
     @property
     def is_zero(self) -> bool:
@@ -134,20 +144,20 @@ def reference_attributes(arrays: Sequence[LogArray]) -> dict[str, str]:
     return {"reference": DESCRIPTION} if has_one else {}
 
 
-def _is_far_from_zero(rows: Tensor) -> bool:
-    """Tell whether float products of rows would lose what differs between them."""
-    if len(rows) < 2:
-        return len(rows) == 1  # One example does not show how far others are from it.
-    products: list[list[float]] = (rows @ rows.T).tolist()
+def _is_far_from_zero(of_rows: Tensor) -> bool:
+    """Tell by inner products of rows, [rows, rows], whether what differs between them is lost."""
+    if len(of_rows) < 2:
+        return len(of_rows) == 1  # One example does not show how far others are from it.
+    products: list[list[float]] = of_rows.tolist()
     squares = [of_row[at] for at, of_row in enumerate(products)]
     # NaN and infinity stay where they are: subtracted, they would be in all examples.
     if not math.isfinite(sum(map(sum, products))):
         return False
     distances = [
         squares[i] + squares[j] - 2 * products[i][j]
-        for i, j in itertools.combinations(range(len(rows)), 2)
+        for i, j in itertools.combinations(range(len(products)), 2)
     ]
-    return max(squares) > _COSTLY / torch.finfo(rows.dtype).eps * min(distances)
+    return max(squares) > _COSTLY / torch.finfo(of_rows.dtype).eps * min(distances)
 
 
 def _middle(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,11 +57,12 @@ class SmallRun:
         """Return what the store keeps of each output of so many examples, in bytes."""
         return {
             name: store.kept_bytes(num_examples, none.shape[1:], none.dtype)
-            for name, none in self.none().items()
+            for name, none in self.none.items()
         }
 
+    @cached_property
     def none(self) -> dict[str, Tensor]:
-        """Return each output that has an axis of examples, for no example at all."""
+        """Each output that has an axis of examples, for no example at all."""
         found = {}
         for name, shape in self.shapes.items():
             axis = batch_axis(shape, self.num_examples, *self.seen(name))
@@ -75,7 +77,7 @@ class SmallRun:
         """Return what the store holds of an example of each output, in bytes."""
         return {
             name: store.held_bytes(none.shape[1:].numel(), none.dtype)
-            for name, none in self.none().items()
+            for name, none in self.none.items()
         }
 
 

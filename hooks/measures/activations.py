@@ -200,7 +200,7 @@ class _Outputs:
         self._small = small
         self._axes: dict[str, int | None] = {}
         self._held: Pass = {}
-        self._none = small.none()
+        self._none = small.none
         self._accumulators: dict[str, Accumulator] = {}
         self._counts: Counter[str] = Counter()
         self._shapes = {name: list(features.shape[1:]) for name, features in self._none.items()}
