@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sonde.exceptions import SondeError, SondeWarning
@@ -89,10 +91,7 @@ class ModelState:
                 elif type(value) not in _PLAIN and name not in _OWN_TABLES:
                     self._take(module, name, value)
         self._kept = {
-            buffer: KeptTensor(buffer)
-            for module in modules
-            for buffer in module._buffers.values()
-            if buffer is not None and can_be_kept(buffer)
+            tensor: KeptTensor(tensor) for tensor in _changeable(modules) if can_be_kept(tensor)
         }
         self._watched: list[_Watched] = []
         self._keep_or_watch()
@@ -170,7 +169,7 @@ class ModelState:
         """Copy tensors that passes may change, the small ones first; watch the others."""
         free_bytes = 0 if self._is_sharded else _FIRST_COPY_BYTES
         for tensor in sorted(self._tensors, key=_num_bytes):
-            if tensor in self._kept:
+            if tensor in self._kept or is_lazy(tensor):  # A lazy one is made by a pass, for good.
                 continue
             is_new = can_be_kept(tensor) and tensor not in _steady
             if is_new and (tensor in _changing or tensor.nbytes <= free_bytes):
@@ -197,6 +196,15 @@ class ModelState:
                 SondeWarning,
                 stacklevel=2,
             )
+
+
+def _changeable(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Yield what passes are known to change in place."""
+    for module in modules:
+        yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+        # An embedding with max_norm rescales those rows of its weight that have grown.
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            yield module.weight
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -158,12 +158,14 @@ def test_cka_of_blocks_is_minibatch_cka(tmp_path: Path, unbiased: bool) -> None:
     features = torch.randn(19, 3, 5, generator=torch.Generator().manual_seed(0)).double()
     run = block_run(tmp_path / "blocks", sonde.Gram(block=8), features)
     layers = [features.flatten(1).numpy(), features.flatten(1).relu().numpy()]
-    # Section 3 of 2010.15327: sums of HSIC over minibatches. The last one has 3 examples, which
-    # the unbiased estimate cannot use.
+    # Section 3 of 2010.15327: sums of HSIC over minibatches, each by the pairs of examples in it.
+    # The last one has 3 examples, which the unbiased estimate cannot use.
     sums = np.zeros((2, 2))
     for start in (0, 8) if unbiased else (0, 8, 16):
         grams = [layer[start : start + 8] @ layer[start : start + 8].T for layer in layers]
-        sums += [[kernels.hsic(a, b, unbiased=unbiased) for b in grams] for a in grams]
+        weight = 8 * 5 if unbiased else (len(grams[0]) - 1) ** 2
+        found_hsic = [[kernels.hsic(a, b, unbiased=unbiased) for b in grams] for a in grams]
+        sums += weight * np.array(found_hsic)
     expected = sums[0, 1] / np.sqrt(sums[0, 0] * sums[1, 1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
