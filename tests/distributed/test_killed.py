@@ -15,7 +15,8 @@ def test_a_run_is_readable_after_a_rank_was_killed(run_ranks: RunRanks, tmp_path
     assert done.returncode != 0
     assert "exitcode  : -9" in done.stderr
     run = sonde.open_run(tmp_path / "run")
-    assert run.state == "interrupted"
+    # The rank that is left is told by torch, or is ended with the first one.
+    assert run.state in ("interrupted", "ended by RuntimeError")
     assert run.damage == []
     assert run.ranks == [0, 1]
     log = run["activations", "training"]

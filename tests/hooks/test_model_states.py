@@ -302,13 +302,14 @@ def test_what_a_pass_adds_goes_as_a_whole() -> None:
 
 
 def test_an_embedding_that_rescales_its_rows_is_put_back_whenever_it_does() -> None:
-    model = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 4))
+    embedding = nn.Embedding(6, 4, max_norm=1.0)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, 4))
     with torch.no_grad():
-        model[0].weight.mul_(0.1)  # Nothing to rescale as yet.
+        embedding.weight.mul_(0.1)  # Nothing to rescale as yet.
     tokens = torch.randint(6, (8, 2), generator=torch.Generator().manual_seed(0))
     sonde.example_gradients(model, F.cross_entropy, tokens, TARGETS)
     with torch.no_grad():
-        model[0].weight.mul_(100)
-    before = model[0].weight.detach().clone()
+        embedding.weight.mul_(100)
+    before = embedding.weight.detach().clone()
     sonde.example_gradients(model, F.cross_entropy, tokens, TARGETS)
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(embedding.weight, before)

@@ -274,7 +274,7 @@ def test_a_file_says_it_for_all_measures(tmp_path: Path) -> None:
         "def probe(): return sonde.Probe(*torch.load(here / 'data.pt'))\n"
         "def second(returned): return returned[1]\n"
     )
-    for text in ("'[1]'", "1", "'data.py:second'"):
+    for text in ("'[1]'", "1", "{entry: 'data.py:second'}"):
         file = tmp_path / "sonde.yaml"
         file.write_text(
             f"path: {tmp_path}/run\noverwrite: true\nprobe: {{entry: 'data.py:probe'}}\n"
