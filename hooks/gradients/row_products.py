@@ -33,7 +33,7 @@ def are_inside(squares: Tensor) -> bool:
 
 def are_nonzero(values: Tensor) -> Tensor:
     """Return which rows are not zero, bool [n]."""
-    # Takes a tenth of the time that `any` takes, or to gather some rows: measured.
+    # Takes about a fifth of the time that `any` takes: measured, of 32 rows of zeros on a CPU.
     rows = values.flatten(1)
     if not rows.shape[1]:
         return rows.new_zeros(len(rows), dtype=torch.bool)
