@@ -9,7 +9,8 @@ import numpy as np
 from sonde.log import LogArray
 
 from .measures.base import Recording
-from .training import MicroBatch, TrainingStep
+from .micro_batches import MicroBatch
+from .training import TrainingStep
 
 _NOTHING_COUNTS = "no pass counted, as their gradients were gone at the step"
 _NOTHING_SEEN = "no gradient came back to a forward pass between this step and the next"

@@ -20,11 +20,12 @@ from .accumulators import Part
 from .example_axes import why_no_axis
 from .live_examples import describe_examples, left_out, micro_batches_of, nothing_of
 from .measures.base import Observation, Recording
+from .micro_batches import MicroBatch, Pass
 from .precision import full_precision
 from .references import reference_attributes
 from .stores import Store
 from .taps import is_recomputing, tapped, tensor_leaves
-from .training import MicroBatch, Pass, TrainingStep
+from .training import TrainingStep
 
 
 @dataclass(frozen=True)

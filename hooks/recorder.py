@@ -28,12 +28,13 @@ from .environment import process_rank
 from .estimate import Estimate, estimate
 from .measures.base import Measure, Subject
 from .measures.scalars import latest_numbers
+from .micro_batches import Batch, make_batch
 from .optimizer_steps import AttachedOptimizer, SkippedUpdates
 from .record_log import RecordLog
 from .run_directory import created_run, free_path
 from .schedule import Schedule, log_spaced
 from .select import unwrap
-from .training import Batch, BatchContext, make_batch
+from .training import BatchContext
 
 
 class Recorder:

@@ -21,11 +21,12 @@ from sonde.hooks import own_work
 from sonde.hooks.live_examples import describe_examples, left_out, micro_batches_of, nothing_of
 from sonde.hooks.log_arrays import to_log_array
 from sonde.hooks.measures.base import Observation, Recording
+from sonde.hooks.micro_batches import MicroBatch
 from sonde.hooks.precision import full_precision
 from sonde.hooks.sharding import has_sharded_parameters
 from sonde.hooks.stores import Full, Gram, Sketch
 from sonde.hooks.taps import add_hook, is_recomputing
-from sonde.hooks.training import MicroBatch, TrainingStep
+from sonde.hooks.training import TrainingStep
 from sonde.log import LogArray
 
 from .batches import add_operation, root_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sonde.hooks.training import MicroBatch
+from sonde.hooks.micro_batches import MicroBatch
 
 from .factors import Factor
 from .operations import Operation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sonde.hooks.example_axes import ExampleAxes, OutputAxes
-from sonde.hooks.training import MicroBatch
+from sonde.hooks.micro_batches import MicroBatch
 
 from .saturation import Logits, are_saturated
 
