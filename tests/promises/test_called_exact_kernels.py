@@ -33,6 +33,8 @@ STORES = {
     "Gram in blocks": sonde.Gram(block=6),
 }
 
+NUM_SKETCHES = 24
+
 Array = npt.NDArray[np.float64]
 
 
@@ -170,3 +172,21 @@ def test_the_check_of_cka_complains_of_what_is_wrong(tmp_path: Path) -> None:
     assert largest_error(similarity, features) > TOLERANCE
     features["third"][0] += 1.0
     assert largest_error(cka(run), features) > TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("shift", ["none", "of 3,000"])
+def test_cka_of_a_sketch_is_as_near_as_it_says(shift: str, dim: int, tmp_path: Path) -> None:
+    model = Shifted(shift)
+    features = features_of(model)
+    values = []
+    for seed in range(NUM_SKETCHES):
+        store = sonde.Sketch(dim, seed)
+        values.append(cka(record(tmp_path / f"run{seed}", model, "probe", None, store=store)))
+    assert "sketch" in values[0].attrs["estimator"]
+    assert values[0].attrs["estimator"] != "unbiased"
+    for one, other in itertools.product(features, features):
+        truth = true_cka(features[one], features[other])
+        pairs = [value.sel(layer=one, other_layer=other) for value in values]
+        misses = [abs(float(p) - truth) > 2 * float(p.standard_error) + TOLERANCE for p in pairs]
+        assert np.mean(misses) <= 0.15, (one, other)
