@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -314,13 +315,40 @@ def undisturbed(model: nn.Module) -> Iterator[RandomStates]:
         )
 
 
+class _Eagerly:
+    """What runs compiled modules eagerly, for as long as anyone needs it.
+
+    Several recorders begin and end their steps in any order, so the last one to end gives back what
+    the first one found: contexts that are left in another order than the reverse one would not.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_users += 1
+            # Dynamo takes seconds to import, and where it is not imported nothing is compiled.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_eagerly = _Eagerly()
+
+
 def run_eagerly() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly: a compiled graph has no hooks, and stays as it is."""
-    # Dynamo takes seconds to import, and where it is not imported nothing is compiled.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    return _eagerly
 
 
 @contextmanager

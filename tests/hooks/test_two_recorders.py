@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import sonde
-from sonde.hooks import Measure
+from sonde.hooks import Measure, closing
+from sonde.hooks.probes import _Eagerly
 
 N = 8
 NUM_STEPS = 2
@@ -96,6 +97,14 @@ def everything_of(run: sonde.Run) -> dict[Any, Array]:
         for layer in log.layers:
             found["gradients", step, layer] = np.asarray(log[layer].gram(step))
     return found
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close what is still open: a recorder in band waits for its step, and so runs all eagerly."""
+    yield
+    for recorder in list(closing.still_open()):
+        recorder.close()
 
 
 def recorder_of(*measures: Any) -> Other:
@@ -260,3 +269,26 @@ def test_gradients_of_packed_sequences_are_exact_beside_activations(
     assert set(coverage["parameters"].values()) == {"exact"}
     gram = run["example_gradients"].gram(0)
     np.testing.assert_allclose(gram, truth @ truth.T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_is_compiled_again_whatever_recorder_ends_first() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    compiled = torch.compile(doubled, backend=backend)
+    eagerly = _Eagerly()  # Of its own: a recorder of another test may still wait for its step.
+    with torch.compiler.set_stance("default"):
+        eagerly.__enter__()
+        eagerly.__enter__()
+        eagerly.__exit__()
+        compiled(torch.zeros(1, 3))
+        assert graphs == []  # The second one still runs.
+        eagerly.__exit__()
+        compiled(torch.zeros(1, 3))
+        assert len(graphs) == 1
