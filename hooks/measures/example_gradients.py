@@ -38,8 +38,9 @@ class ExampleGradients(LayerMeasure):
     The gradient of one example is that of its own loss with respect to the trained parameters, not
     divided by the number of examples (Fort et al., 2019, 1901.09491, section 2). Recorded are what
     the store keeps of each layer and, as `gram_total` or `sketch_total`, of their sum, and norms
-    of gradients. How each parameter is covered stands in the log: `exact`, `fallback` to
-    torch.func, `frozen`, or `unsupported`; what is unsupported is named in one warning, too.
+    of gradients. How each parameter is covered stands in the log: `exact`, `fallback` (to
+    torch.func, or to one example after the other), `frozen`, or `unsupported`; what is unsupported
+    is named in one warning, too.
 
     On a probe the loss sees the model's outputs in float64, as does what ends the model, such as
     log-softmax. In float32 softmax − one-hot rounds the true class's entry to 0 where the model is
