@@ -17,8 +17,7 @@ from sonde.exceptions import SondeError
 from sonde.hooks import Recorder
 from sonde.hooks.config import Config
 from sonde.hooks.environment import process_rank
-
-from ._run_path import launch_key, reserve, waited_for
+from sonde.integrations.launch.run_path import launch_key, reserve, waited_for
 
 # Which of the trainings of this process begins; on every rank the same.
 _starts = itertools.count(2)

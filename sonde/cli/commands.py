@@ -49,7 +49,7 @@ def main() -> None:
     for stream, errors in zip(streams, before, strict=True):
         stream.reconfigure(errors=errors)
     sys.excepthook = hook
-    from sonde.integrations import launcher
+    from sonde.integrations.launch import run_script as launcher
 
     launcher.run(launch)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from sonde.integrations.launcher import Launch
+    from sonde.integrations.launch.run_script import Launch
 
 
 class Launched(SystemExit):
@@ -79,7 +79,7 @@ def run_script(
         sonde run --store full train.py
         sonde run --config sonde.yaml -m project.train
     """
-    from sonde.integrations.launcher import Launch, check
+    from sonde.integrations.launch.run_script import Launch, check
 
     launch = Launch(
         script[0],

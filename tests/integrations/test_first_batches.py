@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.integrations._first_batches import FirstBatches
+from sonde.integrations.launch.first_batches import FirstBatches
 
 
 class Model(nn.Module):

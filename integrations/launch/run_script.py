@@ -26,7 +26,7 @@ from sonde.log.layout import RUN_FILE
 from sonde.visible import visible_lines
 
 if TYPE_CHECKING:
-    from ._watch import Watch
+    from .watch import Watch
 
 
 _STORES = re.compile(r"gram|full|sketch:[1-9]\d*")
@@ -90,7 +90,7 @@ def check(launch: Launch) -> None:
             raise RunExistsError(f"{launch.out} already holds a run; give another --out")
         return
     _put_on_path(launch)  # The file may name functions of modules beside the script.
-    from ._launch_config import check_config
+    from .config import check_config
 
     check_config(launch, is_first=is_first)
 
@@ -107,7 +107,7 @@ def run(launch: Launch) -> None:
 
     def on_import() -> None:
         try:
-            from ._watch import Watch
+            from .watch import Watch
 
             watches.append(Watch(launch))
         except Exception as error:  # Whatever it is, the script has to run.

@@ -34,13 +34,13 @@ from sonde.hooks.select import unwrap
 from sonde.hooks.taps import add_hook
 from sonde.sizes import size_text
 
-from ._bounds import bounded
-from ._first_batches import FirstBatches
-from ._launch_config import LaunchConfig
-from ._run_path import launch_key, reserve, waited_for
-from ._survey import Survey, survey, why_no_probe
-from ._trained_outside import trained_outside
-from .launcher import Launch, tell
+from .bounds import bounded
+from .config import LaunchConfig
+from .first_batches import FirstBatches
+from .run_path import launch_key, reserve, waited_for
+from .run_script import Launch, tell
+from .survey import Survey, survey, why_no_probe
+from .trained_outside import trained_outside
 
 _MAX_EXAMPLES = 256
 # Fewer examples say little of a layer; but the first steps are not waited away for them.

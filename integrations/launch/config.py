@@ -16,7 +16,7 @@ from sonde.hooks.config_values import to_layers
 from sonde.hooks.stores import Store
 from sonde.log.layout import RUN_FILE
 
-from .launcher import Launch
+from .run_script import Launch
 
 
 class LaunchConfig:
