@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sonde.log import LogArray, LogWriter
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 CASES = {
     "50 × 32 KiB": (50, 8192, False),

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 SIZE = 4  # Elements of an array: what is measured is finding arrays, not loading them.
 

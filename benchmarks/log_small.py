@@ -27,11 +27,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sonde.log import LogArray, LogWriter, appender, open_run
+from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.export import export_run
-from sonde.log.layout import write_run_file
-from sonde.log.seal import seal_run
+from sonde.log.format.files import write_run_file
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
+from sonde.log.writing import appender
 
 PARTS = ("write", "open the journal", "seal", "open", "verify", "export", "after a stall", "bytes")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from sonde.log.endings import why_ended
+from sonde.log.format.endings import why_ended
 
 # How long a process that was told to terminate may take to write what is queued.
 _TERMINATION_SECONDS = 5.0

@@ -17,8 +17,8 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogWriter
-from sonde.log.appender import Sync
-from sonde.log.endings import why_ended
+from sonde.log.format.endings import why_ended
+from sonde.log.writing.appender import Sync
 
 from . import closing
 from .arguments import check_schedule

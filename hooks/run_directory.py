@@ -18,8 +18,7 @@ from sonde.exceptions import (
     SondeError,
     SondeWarning,
 )
-from sonde.log.inputs import same_inputs
-from sonde.log.layout import (
+from sonde.log.format.files import (
     RUN_FILE,
     is_being_written,
     read_run_file,
@@ -28,6 +27,7 @@ from sonde.log.layout import (
     writer_folder,
     writer_folders,
 )
+from sonde.log.format.inputs import same_inputs
 
 from . import closing
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sonde.exceptions import MissingExtraError
 from sonde.hooks import Recorder
 from sonde.hooks.config import Config, as_config
-from sonde.log.endings import why_ended
+from sonde.log.format.endings import why_ended
 
 from ._batches import tell_ids
 from ._starting import Trainings, guarded

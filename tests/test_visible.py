@@ -16,7 +16,7 @@ from sonde.analysis import plots
 from sonde.cli import app
 from sonde.exceptions import LayerNotFoundError, SondeWarning
 from sonde.log import LogArray, LogWriter
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 from sonde.visible import visible, visible_lines
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\nfinished \u202e<script>alert(1)</script>$\\frac{$"

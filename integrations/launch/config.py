@@ -14,7 +14,7 @@ from sonde.hooks.config_file import ConfigFile, read_config
 from sonde.hooks.config_places import Place
 from sonde.hooks.config_values import to_layers
 from sonde.hooks.stores import Store
-from sonde.log.layout import RUN_FILE
+from sonde.log.format.files import RUN_FILE
 
 from .run_script import Launch
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sonde.exceptions import RunNotFoundError
-from sonde.log.layout import RUN_FILE, is_being_written, read_run_file, writer_folder
+from sonde.log.format.files import RUN_FILE, is_being_written, read_run_file, writer_folder
 
 _WAIT_SECONDS = 600.0
 _POLL_SECONDS = 0.05

@@ -21,8 +21,8 @@ from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sonde.exceptions import InvalidInputError, RunExistsError
-from sonde.log.endings import why_ended
-from sonde.log.layout import RUN_FILE
+from sonde.log.format.endings import why_ended
+from sonde.log.format.files import RUN_FILE
 from sonde.visible import visible_lines
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sonde.exceptions import MismatchError
-from sonde.log.inputs import same_inputs
+from sonde.log.format.inputs import same_inputs
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog

@@ -93,7 +93,7 @@ def ls(
         sonde ls runs
         sonde ls runs --json
     """
-    from sonde.log.layout import find_runs
+    from sonde.log.format.files import find_runs
 
     from .facts import overview
 
@@ -184,7 +184,7 @@ def seal(runs: RunPaths) -> None:
     Examples:
         sonde seal runs/seed0
     """
-    from sonde.log.seal import seal_run
+    from sonde.log.sealing.seal import seal_run
 
     for run in runs:
         with working(f"sealing {run}"):

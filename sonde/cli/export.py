@@ -70,7 +70,7 @@ def export(
     """
     from sonde.log import open_run
     from sonde.log.export import export_run
-    from sonde.log.export.compression import choose_compression
+    from sonde.log.reading.compression import choose_compression
 
     chosen = choose_compression(None if compression is None else compression.value)
     opened = open_run(run)

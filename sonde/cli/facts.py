@@ -99,7 +99,7 @@ def _problem(damage: list[Damage]) -> str:
 
 def _files(path: Path) -> tuple[int, float]:
     """Return the size of a run's own files in bytes, and when one was last written."""
-    from sonde.log.layout import RUN_FILE, writer_folders
+    from sonde.log.format.files import RUN_FILE, writer_folders
 
     num_bytes, last_written = 0, 0.0
     files = [path]  # An exported run.

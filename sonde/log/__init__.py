@@ -8,20 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .damage import Damage
+    from .format.damage import Damage
+    from .format.payload import LogArray
     from .layer_log import LayerLog
     from .measure_log import MeasureLog
-    from .payload import LogArray
     from .run import Run, open_run
-    from .writer import LogWriter
+    from .writing.writer import LogWriter
 
 __all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "open_run"]
 
 _HOMES = {
-    "Damage": "damage",
+    "Damage": "format.damage",
     "LayerLog": "layer_log",
-    "LogArray": "payload",
-    "LogWriter": "writer",
+    "LogArray": "format.payload",
+    "LogWriter": "writing.writer",
     "MeasureLog": "measure_log",
     "Run": "run",
     "open_run": "run",

@@ -16,13 +16,13 @@ from sonde.exceptions import (
     MeasureNotFoundError,
     StepNotFoundError,
 )
+from sonde.log.format.payload import widened, wider
+from sonde.log.reading.examples import Examples
+from sonde.log.reading.parts import Part, StreamKey, StreamShape
+from sonde.log.reading.ranks import Shares, merge_ids, table_ids
 
 from . import products
-from .examples import Examples
 from .layer_log import LayerLog
-from .parts import Part, StreamKey, StreamShape
-from .payload import widened, wider
-from .ranks import Shares, merge_ids, table_ids
 from .relative import absolute, split
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from sonde.exceptions import LayerNotFoundError
 
 if TYPE_CHECKING:
+    from sonde.log.reading.parts import StreamKey
+
     from .measure_log import MeasureLog
-    from .parts import StreamKey
 
 Products = npt.NDArray[np.float64]
 

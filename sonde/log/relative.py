@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .parts import Record, StreamKey
+from sonde.log.reading.parts import Record, StreamKey
 
 if TYPE_CHECKING:
     from .measure_log import MeasureLog

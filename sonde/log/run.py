@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError
+from sonde.log.format.damage import Damage
+from sonde.log.format.endings import state_after
+from sonde.log.format.files import read_run_file
+from sonde.log.format.names import link_name
+from sonde.log.reading.examples import Examples
+from sonde.log.reading.exported import ExportedRun
+from sonde.log.reading.index import Index, Table
+from sonde.log.reading.ranks import join
 from sonde.visible import visible
 
-from .damage import Damage
-from .endings import state_after
-from .examples import Examples
-from .export.reader import ExportedRun
-from .layout import read_run_file
 from .measure_log import MeasureLog
-from .names import link_name
-from .ranks import join
-from .reader import Index, Table
 
 if TYPE_CHECKING:
     import xarray

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray
 
-from .names import stream_name
+from sonde.log.format.names import stream_name
 
 if TYPE_CHECKING:
     from .measure_log import MeasureLog

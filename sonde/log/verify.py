@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sonde.exceptions import DamageError
-
-from .damage import Damage
-from .export.reader import verify_export
-from .layout import read_run_file, segments, writer_folders
-from .reader import read_index
-from .segment import Segment
-from .segment_file import identify
+from sonde.log.format.damage import Damage
+from sonde.log.format.files import read_run_file, segments, writer_folders
+from sonde.log.reading.exported import verify_export
+from sonde.log.reading.index import read_index
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import identify
 
 
 def verify_run(run: Path) -> list[Damage]:

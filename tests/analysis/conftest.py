@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 Array = npt.NDArray[Any]
 GRAM_DIMS = ("example", "other_example")

@@ -12,7 +12,7 @@ from sonde.analysis import cka, cka_over_steps, kernels
 from sonde.analysis._sketches import Sketched, _hsic, sketched_cka
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 Array = npt.NDArray[Any]
 NUM_EXAMPLES, NUM_SEEDS = 40, 200

@@ -12,7 +12,7 @@ from sonde.analysis import stiffness
 from sonde.analysis.stiffness import stiffness_matrices, summarize
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 Array = npt.NDArray[np.float64]
 WriteRun = Callable[[Mapping[int, Mapping[str, Array]], npt.NDArray[Any] | None], Run]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from sonde.cli import app
 from sonde.log import LogArray, LogWriter
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 LAYERS = ["conv1", "layer1.0.conv2", "layer1.0.relu", "fc"]
 STEPS = [0, 10, 20, 30]

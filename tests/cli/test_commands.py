@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sonde import __version__
 from sonde.cli import app
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import call, output_of, write_run
 

@@ -13,7 +13,7 @@ import pytest
 
 from sonde.cli.console import steps_text, thinned
 from sonde.log import LogArray, LogWriter
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 from sonde.sizes import size_text
 
 from .conftest import call, error_of, output_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 from .conftest import call, output_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 from .conftest import output_of, write_run
 

@@ -16,7 +16,7 @@ import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
 from sonde.hooks.probes import undisturbed
-from sonde.log.inputs import same_inputs
+from sonde.log.format.inputs import same_inputs
 
 
 class Noisy(TensorDataset):

@@ -26,7 +26,7 @@ from sonde.exceptions import (
 )
 from sonde.hooks import run_directory
 from sonde.log import LogWriter
-from sonde.log.layout import write_run_file, writer_folders
+from sonde.log.format.files import write_run_file, writer_folders
 from tests.limits import LIMIT_SECONDS
 
 Make = Callable[..., sonde.Recorder]

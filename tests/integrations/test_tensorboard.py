@@ -15,7 +15,7 @@ from sonde import analysis
 from sonde.exceptions import InvalidInputError, SondeError
 from sonde.integrations.tensorboard import export
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 
 STEPS = [0, 10, 20]
 TARGETS = np.array([0, 1, 2, 0, 1, 2, 0, 1])

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.layout import write_run_file, writer_folders
-from sonde.log.reader import read_index
-from sonde.log.seal import seal_run
+from sonde.log.format.files import write_run_file, writer_folders
+from sonde.log.reading.index import read_index
+from sonde.log.sealing.seal import seal_run
 
 from .doomed import record_of
 from .example_run import write_example_run
@@ -36,7 +36,7 @@ def run_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def writer(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LogWriter]:
     """Write into `run_path`, without pauses between tries and without sealing."""
-    monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("sonde.log.writing.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
     writer = LogWriter(run_path, seal=False)
     yield writer
     monkeypatch.undo()

@@ -28,8 +28,8 @@ import numpy as np
 
 from sonde.exceptions import SondeError
 from sonde.log import Damage, Run, open_run
-from sonde.log.names import stream_name
-from sonde.log.seal import seal_run
+from sonde.log.format.names import stream_name
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import h5py
 
-from sonde.log.appender import Sync
+from sonde.log.writing.appender import Sync
 
 Act = Literal["write", "write beside a sealer", "seal beside a writer", "seal"]
 When = Literal["before", "amid", "after"]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sonde.log import LogArray, LogWriter
-from sonde.log.layout import write_run_file
+from sonde.log.format.files import write_run_file
 from tests.limits import LIMIT_SECONDS
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ class Sealer:
         os.close(answers)
 
     def _seal(self, run: Path, lines: int, answers: int, death: Death | None) -> None:
-        from sonde.log.seal import seal_run
-        from sonde.log.sealing import END
+        from sonde.log.sealing.seal import seal_run
+        from sonde.log.writing.sealer_process import END
 
         from .deaths import arm
 
@@ -167,8 +167,8 @@ class Sealer:
 
 def write(run: Path, death: Death) -> None:
     """Write records over several journals, beside a sealer or alone."""
-    from sonde.log import appender
-    from sonde.log.sealing import Sealing
+    from sonde.log.writing import appender
+    from sonde.log.writing.sealer_process import Sealing
 
     from .deaths import arm
 
@@ -200,7 +200,7 @@ def write(run: Path, death: Death) -> None:
 
 def seal(run: Path, death: Death) -> None:
     """Seal a copy of the run `whole` beside it."""
-    from sonde.log.seal import seal_run
+    from sonde.log.sealing.seal import seal_run
 
     from .deaths import arm
 
@@ -243,7 +243,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "append":
         append_until_killed(Path(sys.argv[2]), sys.argv[3])
     else:
-        import_module("sonde.log.seal")  # Loads h5py once, not in every child.
+        import_module("sonde.log.sealing.seal")  # Loads h5py once, not in every child.
         from .deaths import Death
 
         for line in sys.stdin:

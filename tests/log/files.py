@@ -6,9 +6,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from sonde.log.frames import Frame
-from sonde.log.layout import journals, segments, writer_folders
-from sonde.log.scan import scan_journal
+from sonde.log.format.files import journals, segments, writer_folders
+from sonde.log.format.frames import Frame
+from sonde.log.reading.scan import scan_journal
 
 
 def journals_of(path: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 
 from .conftest import Array

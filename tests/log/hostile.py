@@ -19,12 +19,12 @@ from zlib_ng.zlib_ng import crc32
 
 from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.export import export_run
-from sonde.log.export.file import encode_trailer as encode_export_trailer
-from sonde.log.export.file import read_metadata
-from sonde.log.layout import RUN_FILE, write_run_file
-from sonde.log.seal import seal_run
-from sonde.log.segment import Segment, encode_trailer
-from sonde.log.segment_file import checksum_between, identify
+from sonde.log.format.files import RUN_FILE, write_run_file
+from sonde.log.reading.export_file import encode_trailer as encode_export_trailer
+from sonde.log.reading.export_file import read_metadata
+from sonde.log.reading.segment import Segment, encode_trailer
+from sonde.log.reading.segment_file import checksum_between, identify
+from sonde.log.sealing.seal import seal_run
 
 from .files import frame_bounds, journal_of, segment_of
 

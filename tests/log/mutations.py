@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonde.log.frames import FILE_HEADER_BYTES, describe
-from sonde.log.payload import storage_dtype
-from sonde.log.segment import Segment
-from sonde.log.segment_file import identify
+from sonde.log.format.frames import FILE_HEADER_BYTES, describe
+from sonde.log.format.payload import storage_dtype
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import identify
 
 from .files import frame_bounds, frames_of, journals_of, segments_of
 

@@ -17,7 +17,7 @@ from sonde.cli.show import print_overviews, print_run
 from sonde.exceptions import DamageError, FormatError, SondeError
 from sonde.log import Run, open_run
 from sonde.log.export import export_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 
 

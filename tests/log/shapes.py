@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sonde.log import LogArray, LogWriter
-from sonde.log.parts import StreamShape
+from sonde.log.reading.parts import StreamShape
 
 from .conftest import Array, StreamKey, as_read, new_run
 from .doomed import record_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import assert_identical, write_records
 from .doomed import record_of

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from sonde.log import LogWriter, open_run
-from sonde.log import reader as reader_module
-from sonde.log.layout import journals, segments
-from sonde.log.seal import seal_journal, seal_run
-from sonde.log.segment import Segment
-from sonde.log.segment_file import SegmentFile
+from sonde.log.format.files import journals, segments
+from sonde.log.reading import index as reader_module
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import SegmentFile
+from sonde.log.sealing.seal import seal_journal, seal_run
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 

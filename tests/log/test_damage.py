@@ -22,7 +22,7 @@ import pytest
 
 from sonde.exceptions import FormatError
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 
 from .conftest import assert_intact, new_run, write_one, write_records

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from sonde.log import LogWriter, open_run
-from sonde.log.layout import is_being_written
-from sonde.log.seal import seal_run
-from sonde.log.sealing import Sealing
+from sonde.log.format.files import is_being_written
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
+from sonde.log.writing.sealer_process import Sealing
 from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sonde.log import LogWriter
-from sonde.log.layout import is_being_written
+from sonde.log.format.files import is_being_written
 from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact

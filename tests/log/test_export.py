@@ -24,8 +24,8 @@ from sonde.exceptions import (
 from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.export import export_run
 from sonde.log.export import writer as export_writer_module
-from sonde.log.export.compression import Compression
-from sonde.log.seal import seal_run
+from sonde.log.reading.compression import Compression
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 
 from .alike import assert_alike, export_and_open
@@ -242,7 +242,7 @@ def test_an_export_of_a_newer_format_is_refused(
 ) -> None:
     write_records(run_path, [0])
     with monkeypatch.context() as newer:
-        newer.setattr("sonde.log.export.file.EXPORT_VERSION", 2)
+        newer.setattr("sonde.log.reading.export_file.EXPORT_VERSION", 2)
         export_run(open_run(run_path), tmp_path / "out.h5")
     message = r"out\.h5 has export format 2; this sonde reads up to 1\. Install a newer sonde"
     for read in (open_run, verify_run):

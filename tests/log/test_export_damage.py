@@ -20,7 +20,7 @@ import pytest
 from sonde.exceptions import DamageError, LayerNotFoundError, RunNotFoundError, SondeError
 from sonde.log import Run, open_run
 from sonde.log.export import export_run
-from sonde.log.export.compression import Compression
+from sonde.log.reading.compression import Compression
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 
@@ -201,7 +201,7 @@ def test_an_array_is_checked_after_it_is_unpacked(
     def unpack_wrongly(raw: bytes, num_bytes: int, compression: Compression) -> bytes:
         return bytes(num_bytes)
 
-    monkeypatch.setattr("sonde.log.export.streams.decompress", unpack_wrongly)
+    monkeypatch.setattr("sonde.log.reading.export_streams.decompress", unpack_wrongly)
     with pytest.raises(DamageError, match=r"'full' of layer 'fc' \(activations, step 5\) does not"):
         open_run(out).activations.array("full", 5, "fc")
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log import output as output_module
 from sonde.log.export import export_run
 from sonde.log.export import write_run as export_module
+from sonde.log.sealing import output as output_module
 
 from .alike import write_compressible
 from .conftest import new_run, write_records

@@ -19,7 +19,7 @@ from sonde.exceptions import (
 )
 from sonde.log import LogArray, LogWriter, open_run
 from sonde.log.export import export_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .alike import assert_alike, export_and_open
 from .conftest import Open, write_records

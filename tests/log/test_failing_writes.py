@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.journal import Journal
+from sonde.log.writing.journal import Journal
 
 from .conftest import assert_intact
 from .doomed import PWritev, append_record, record_of

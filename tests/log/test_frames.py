@@ -11,9 +11,9 @@ import pytest
 
 from sonde.exceptions import FormatError
 from sonde.log import LogArray, open_run
-from sonde.log.frames import encode_index
-from sonde.log.journal import Journal
-from sonde.log.payload import fill_payload, lay_out
+from sonde.log.format.frames import encode_index
+from sonde.log.format.payload import fill_payload, lay_out
+from sonde.log.writing.journal import Journal
 
 from .conftest import write_records
 
@@ -51,7 +51,7 @@ def test_journal_of_a_newer_format_is_refused(
     run_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr("sonde.log.frames.FORMAT_VERSION", 2)
+        newer.setattr("sonde.log.format.frames.FORMAT_VERSION", 2)
         write_records(run_path, [0])
     with pytest.raises(
         FormatError, match=r"journal has log format 2; this sonde reads up to 1\. Install a newer"

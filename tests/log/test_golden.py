@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.frames import FORMAT_VERSION
-from sonde.log.layout import write_run_file
-from sonde.log.seal import seal_journal
+from sonde.log.format.files import write_run_file
+from sonde.log.format.frames import FORMAT_VERSION
+from sonde.log.sealing.seal import seal_journal
 from sonde.log.verify import verify_run
 
 from .conftest import assert_holds, read_records

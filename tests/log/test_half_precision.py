@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, MeasureLog, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .alike import export_and_open
 from .conftest import Array, Open, assert_identical

@@ -25,10 +25,10 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.appender import Sync
-from sonde.log.layout import writer_folder
-from sonde.log.seal import seal_run
+from sonde.log.format.files import writer_folder
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
+from sonde.log.writing.appender import Sync
 from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records
@@ -63,7 +63,7 @@ class Recorded:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("sonde.log.writing.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
 
 
 def stored(run_path: Path) -> set[int]:

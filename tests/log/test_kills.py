@@ -22,9 +22,9 @@ import pytest
 
 from sonde.exceptions import RunNotFoundError
 from sonde.log import LogWriter, Run, open_run
-from sonde.log.appender import Sync
-from sonde.log.layout import RUN_FILE, lock_path, unlock
-from sonde.log.seal import seal_run
+from sonde.log.format.files import RUN_FILE, lock_path, unlock
+from sonde.log.sealing.seal import seal_run
+from sonde.log.writing.appender import Sync
 from tests.limits import LIMIT_SECONDS
 
 from .conftest import assert_intact, new_run, write_records

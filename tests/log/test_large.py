@@ -17,8 +17,8 @@ import pytest
 import xarray
 
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log.names import stream_name
-from sonde.log.seal import seal_run
+from sonde.log.format.names import stream_name
+from sonde.log.sealing.seal import seal_run
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 
@@ -78,8 +78,8 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     for module in ("scan", "segment_file", "segment_records"):
         monkeypatch.setattr(f"sonde.log.{module}._CHUNK_BYTES", size)
-    monkeypatch.setattr("sonde.log.segment_writer._BATCH_BYTES", size)
-    monkeypatch.setattr("sonde.log.positioned._MAX_BUFFERS", 3)
+    monkeypatch.setattr("sonde.log.sealing.segment_writer._BATCH_BYTES", size)
+    monkeypatch.setattr("sonde.log.format.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)
     monkeypatch.setattr(os, "pwritev", write_some)
     with time_limit(LIMIT_SECONDS):

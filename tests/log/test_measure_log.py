@@ -15,7 +15,7 @@ from sonde.exceptions import (
     StepNotFoundError,
 )
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import assert_identical
 from .example_run import STEPS, features_of, gram_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sonde.log.names import link_name, stream_name
+from sonde.log.format.names import link_name, stream_name
 
 
 @pytest.mark.parametrize(

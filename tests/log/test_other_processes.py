@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sonde.log import open_run
-from sonde.log.layout import is_being_written, lock_path, unlock
+from sonde.log.format.files import is_being_written, lock_path, unlock
 from tests.limits import LIMIT_SECONDS
 
 from .files import frames_of, journal_of

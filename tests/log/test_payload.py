@@ -12,7 +12,7 @@ import pytest
 
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogArray
-from sonde.log.payload import check_arrays, fill_payload, lay_out
+from sonde.log.format.payload import check_arrays, fill_payload, lay_out
 
 
 def test_arrays_start_at_multiples_of_eight_bytes() -> None:

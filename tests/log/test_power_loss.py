@@ -25,10 +25,10 @@ import pytest
 
 from sonde.exceptions import RunNotFoundError
 from sonde.log import Run, open_run
-from sonde.log.layout import RUN_FILE, sync_folder
-from sonde.log.seal import seal_run
-from sonde.log.segment import Segment
-from sonde.log.segment_file import identify
+from sonde.log.format.files import RUN_FILE, sync_folder
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import identify
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import assert_holds, assert_identical, assert_intact, copies, write_records
 from .disk_model import Disk, Event, State, Tape, materialise

@@ -111,7 +111,7 @@ def test_lack_of_memory_does_not_reach_the_training(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"sonde.log.writer.{place}", fail)
+        patch.setattr(f"sonde.log.writing.writer.{place}", fail)
         assert not append_record(writer, 0)
     assert append_record(writer, 1)
     writer.close()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sonde import analysis
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import copies, new_run
 

@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 
 from sonde.exceptions import DamageError, FormatError
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log import reader as reader_module
-from sonde.log.seal import seal_journal, seal_run
+from sonde.log.reading import index as reader_module
+from sonde.log.sealing.seal import seal_journal, seal_run
 from sonde.log.verify import verify_run
 
 from .conftest import (
@@ -326,7 +326,7 @@ def test_segment_of_a_newer_format_is_refused(
 ) -> None:
     write_records(run_path, [0])
     with monkeypatch.context() as newer:
-        newer.setattr("sonde.log.segment.FORMAT_VERSION", 2)
+        newer.setattr("sonde.log.reading.segment.FORMAT_VERSION", 2)
         seal_run(run_path)
     message = r"\.h5 has log format 2; this sonde reads up to 1\. Install a newer sonde"
     with pytest.raises(FormatError, match=message):

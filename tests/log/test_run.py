@@ -9,7 +9,7 @@ import pytest
 
 from sonde.exceptions import MeasureNotFoundError, StepNotFoundError
 from sonde.log import LogArray, LogWriter, Run, open_run
-from sonde.log.seal import seal_run
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import assert_identical, assert_intact, new_run, write_records
 from .doomed import append_record, record_of

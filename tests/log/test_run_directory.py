@@ -11,8 +11,8 @@ import pytest
 
 from sonde.exceptions import FormatError, RunNotFoundError
 from sonde.log import open_run
-from sonde.log.layout import find_runs, write_run_file
-from sonde.log.seal import seal_run
+from sonde.log.format.files import find_runs, write_run_file
+from sonde.log.sealing.seal import seal_run
 
 from .conftest import assert_intact, new_run, write_records
 

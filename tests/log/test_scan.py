@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sonde.log import Damage, LogArray, LogWriter, open_run
-from sonde.log.frames import Frame, encode_index
-from sonde.log.journal import Journal
-from sonde.log.payload import lay_out
-from sonde.log.scan import scan_journal
+from sonde.log.format.frames import Frame, encode_index
+from sonde.log.format.payload import lay_out
+from sonde.log.reading.scan import scan_journal
+from sonde.log.writing.journal import Journal
 
 from .conftest import assert_intact, new_run, write_records
 from .files import frame_bounds, frames_of, journal_of, journals_of, overwrite

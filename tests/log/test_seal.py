@@ -18,9 +18,9 @@ import xarray
 
 from sonde.exceptions import FormatError, RunNotFoundError
 from sonde.log import LogArray, LogWriter, open_run
-from sonde.log import seal as seal_module
-from sonde.log.seal import main, seal_journal, seal_run
-from sonde.log.segment_writer import write_segment
+from sonde.log.sealing import seal as seal_module
+from sonde.log.sealing.seal import main, seal_journal, seal_run
+from sonde.log.sealing.segment_writer import write_segment
 from sonde.log.verify import verify_run
 
 from .conftest import assert_intact, read_records, write_records
@@ -218,7 +218,7 @@ def test_sealing_needs_a_run(tmp_path: Path) -> None:
 
 def test_command_prints_what_it_sealed(run_path: Path) -> None:
     write_records(run_path, range(3))
-    command = [sys.executable, "-m", "sonde.log.seal", str(run_path)]
+    command = [sys.executable, "-m", "sonde.log.sealing.seal", str(run_path)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert printed == f"{segment_of(run_path)}\n"
     assert_intact(run_path, range(3))

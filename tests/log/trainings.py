@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sonde.log import LogArray, LogWriter
-from sonde.log.appender import Sync
-from sonde.log.layout import RUN_FILE, write_run_file
-from sonde.log.seal import seal_run
+from sonde.log.format.files import RUN_FILE, write_run_file
+from sonde.log.sealing.seal import seal_run
+from sonde.log.writing.appender import Sync
 
 from .disk_model import Event, Tape
 from .doomed import failing_write, record_of
@@ -122,9 +122,9 @@ def record(training: Training, root: Path) -> list[Event]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if training.fails:
             monkeypatch.setattr(os, "pwritev", failing_write(os.pwritev))
-            monkeypatch.setattr("sonde.log.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
+            monkeypatch.setattr("sonde.log.writing.appender._RETRIES_SECONDS", (0.0, 0.0, 0.0))
         tape = Tape(root, monkeypatch)
-        monkeypatch.setattr("sonde.log.writer.Sealing", SealingHere)
+        monkeypatch.setattr("sonde.log.writing.writer.Sealing", SealingHere)
         run.mkdir(parents=True)
         write_run_file(run, {"name": "seed0"})
         tape.promise([RUN_FILE])

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from sonde.log import LogWriter, Run, open_run
-from sonde.log.layout import segments
+from sonde.log.format.files import segments
 from sonde.log.verify import verify_run
 from tests.limits import LIMIT_SECONDS
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sonde.log.parts import Part, StreamKey, StreamShape
-from sonde.log.ranks import Key
+from sonde.log.reading.parts import Part, StreamKey, StreamShape
+from sonde.log.reading.ranks import Key
 
 from .origin import Address, Origin, TableContent
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError, FormatError
-from sonde.log.parts import Record, StreamKey
-from sonde.log.ranks import join
+from sonde.log.reading.parts import Record, StreamKey
+from sonde.log.reading.ranks import join
 
 if TYPE_CHECKING:
     from sonde.log.run import Run

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from sonde.exceptions import MeasureNotFoundError
-from sonde.log.names import link_name
-from sonde.log.ranks import ID, Key
-from sonde.log.reader import WriterLog
+from sonde.log.format.names import link_name
+from sonde.log.reading.index import WriterLog
+from sonde.log.reading.ranks import ID, Key
 from sonde.log.selection import match_layers, match_steps
 
 from .groups import Group, group_records

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import h5py
 
 from sonde.exceptions import FormatError, InvalidInputError, RunExistsError, SondeWarning
-from sonde.log.damage import Damage
-from sonde.log.layout import sync_folder
-from sonde.log.output import Output
-from sonde.log.segment_file import checksum_between
+from sonde.log.format.damage import Damage
+from sonde.log.format.files import sync_folder
+from sonde.log.reading.compression import Compression, choose_compression
+from sonde.log.reading.export_file import EXPORT_VERSION, MARK, encode_trailer
+from sonde.log.reading.segment_file import checksum_between
+from sonde.log.sealing.output import Output
 
-from .compression import Compression, choose_compression
-from .file import EXPORT_VERSION, MARK, encode_trailer
 from .origin import Origin, Writer
 from .plan import Places, Plan, plan_export
 from .writer import ExportWriter, Facts

@@ -20,13 +20,20 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError
-from sonde.log.hdf5 import RESERVED_NAMES, NamedGroup, chunked, contiguous, offset_of, set_text
-from sonde.log.names import link_name, stream_name
-from sonde.log.output import Output
-from sonde.log.payload import slot_checksum, storage_dtype
-from sonde.log.positioned import read_at
+from sonde.log.format.names import link_name, stream_name
+from sonde.log.format.payload import slot_checksum, storage_dtype
+from sonde.log.format.positioned import read_at
+from sonde.log.reading.compression import Compression, add_filter
+from sonde.log.sealing.hdf5 import (
+    RESERVED_NAMES,
+    NamedGroup,
+    chunked,
+    contiguous,
+    offset_of,
+    set_text,
+)
+from sonde.log.sealing.output import Output
 
-from .compression import Compression, add_filter
 from .groups import Column, Group
 from .origin import Origin, TableContent, Writer
 

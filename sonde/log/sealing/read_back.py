@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sonde.exceptions import DamageError
-
-from .frames import Frame, describe
-from .segment import Segment
-from .segment_file import identify
-from .segment_records import SegmentRecords
+from sonde.log.format.frames import Frame, describe
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import identify
+from sonde.log.reading.segment_records import SegmentRecords
 
 
 def differing_frame(path: Path, frames: Sequence[Frame]) -> str | None:

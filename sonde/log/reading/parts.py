@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError, FormatError
+from sonde.log.format.frames import Frame, describe
+from sonde.log.format.payload import from_storage, slot_checksum, storage_dtype
+from sonde.log.format.positioned import open_regular, read_at
 
-from .frames import Frame, describe
-from .payload import from_storage, slot_checksum, storage_dtype
-from .positioned import open_regular, read_at
 from .segment_records import SegmentRecords
 
 StreamKey = tuple[str | None, str]

@@ -18,14 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sonde.log.format.files import journals, sync_folder
+from sonde.log.format.frames import encode_index
+from sonde.log.format.payload import Layout, lay_out
+
 from .folder import WriterFolder
 from .forcing import Forcing
-from .frames import encode_index
 from .journal import Journal
-from .layout import journals, sync_folder
-from .losses import Lost, explain
-from .payload import Layout, lay_out
-from .sealing import Sealing
+from .lost import Lost, explain
+from .sealer_process import Sealing
 
 Sync = Literal["seal", "record", "none"]
 

@@ -17,16 +17,9 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError
+from sonde.log.format.checked import EVENT, OBJECT, check, check_event, list_of, parse
+from sonde.log.format.frames import FORMAT_VERSION
 
-from .checked import (
-    EVENT,
-    OBJECT,
-    check,
-    check_event,
-    list_of,
-    parse,
-)
-from .frames import FORMAT_VERSION
 from .segment_file import (
     DAMAGE,
     Place,

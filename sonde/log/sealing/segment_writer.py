@@ -27,16 +27,16 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import FormatError
+from sonde.log.format.frames import FORMAT_VERSION, Frame
+from sonde.log.format.names import link_name, stream_name
+from sonde.log.format.payload import ArrayEntry, Layout, slot_checksum, storage_dtype
+from sonde.log.format.positioned import read_at, reserve, write_at
+from sonde.log.reading.segment import encode_trailer
+from sonde.log.reading.segment_file import checksum_between
+from sonde.log.reading.segment_records import Stream, encode_streams
 
-from .frames import FORMAT_VERSION, Frame
 from .hdf5 import RESERVED_NAMES, NamedGroup, contiguous, offset_of, set_text
-from .names import link_name, stream_name
 from .output import Output
-from .payload import ArrayEntry, Layout, slot_checksum, storage_dtype
-from .positioned import read_at, reserve, write_at
-from .segment import encode_trailer
-from .segment_file import checksum_between
-from .segment_records import Stream, encode_streams
 
 _ROOT_NAMES = {"metadata", "metadata_byte", "tables"}
 _BATCH_BYTES = 64 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from .layout import sync_file, sync_folder
+from sonde.log.format.files import sync_file, sync_folder
 
 
 class Forcing:

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
-
-from .checked import (
+from sonde.log.format.checked import (
     ALL_DETAILS,
     COUNTS,
     LIST,
@@ -31,14 +30,10 @@ from .checked import (
     nbytes,
     parse,
 )
-from .payload import from_storage, slot_checksum, storage_dtype
-from .positioned import read_at
-from .segment_file import (
-    Place,
-    SegmentFile,
-    open_segment,
-    read_place,
-)
+from sonde.log.format.payload import from_storage, slot_checksum, storage_dtype
+from sonde.log.format.positioned import read_at
+
+from .segment_file import Place, SegmentFile, open_segment, read_place
 
 _CHUNK_BYTES = 4 << 20
 

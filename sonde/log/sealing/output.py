@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sonde.log.positioned import read_at, write_at
+from sonde.log.format.positioned import read_at, write_at
 
 _SMALL_BYTES = 64 << 10
 _MAX_WAITING_BYTES = 1 << 20

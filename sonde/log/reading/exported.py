@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
-from sonde.log.checked import (
+from sonde.log.format.checked import (
     DETAILS,
     EVENT,
     FLAG,
@@ -34,12 +34,15 @@ from sonde.log.checked import (
     mapping_of,
     whole,
 )
-from sonde.log.damage import Damage
-from sonde.log.parts import Part, Record, StreamKey, StreamShape
-from sonde.log.positioned import open_regular
-from sonde.log.ranks import ID
-from sonde.log.reader import Table, WriterLog
-from sonde.log.segment_file import (
+from sonde.log.format.damage import Damage
+from sonde.log.format.positioned import open_regular
+
+from .export_file import read_metadata
+from .export_streams import ExportedGroup, ExportedStream
+from .index import Table, WriterLog
+from .parts import Part, Record, StreamKey, StreamShape
+from .ranks import ID
+from .segment_file import (
     DAMAGE,
     Place,
     SegmentFile,
@@ -49,9 +52,6 @@ from sonde.log.segment_file import (
     naming,
     read_place,
 )
-
-from .file import read_metadata
-from .streams import ExportedGroup, ExportedStream
 
 Array = npt.NDArray[Any]
 Facts = dict[str, Any]  # Any: JSON values.

@@ -16,7 +16,7 @@ from pathlib import Path
 _CODE = (
     "import os, sys; sys.path[:1] = []; sys.path.append(sys.argv.pop()); "
     "run = int(sys.argv.pop()); run < 0 or os.fchdir(run); "
-    "from sonde.log.seal import main; main()"
+    "from sonde.log.sealing.seal import main; main()"
 )
 
 END = -1

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError, FormatError, RunNotFoundError
-from sonde.log.checked import OBJECT, check, check_info, list_of, parse
-from sonde.log.layout import RUN_FILE
-from sonde.log.positioned import open_regular, read_at
-from sonde.log.segment_file import SegmentFile, naming
+from sonde.log.format.checked import OBJECT, check, check_info, list_of, parse
+from sonde.log.format.files import RUN_FILE
+from sonde.log.format.positioned import open_regular, read_at
+
+from .segment_file import SegmentFile, naming
 
 EXPORT_VERSION = 1
 MARK = "sonde_export"

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .frames import encode_file_header, encode_header
-from .payload import Layout
-from .positioned import reserve, write_at
+from sonde.log.format.frames import encode_file_header, encode_header
+from sonde.log.format.payload import Layout
+from sonde.log.format.positioned import reserve, write_at
 
 _LARGE_BYTES = 1 << 20
 

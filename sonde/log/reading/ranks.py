@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from sonde.exceptions import DamageError
 
+from .index import WriterLog
 from .parts import Record, StreamKey
-from .reader import WriterLog
 
 Key = tuple[str, str]
 """A measure and its source."""

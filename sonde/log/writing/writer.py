@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError, RunExistsError
+from sonde.log.format.files import lock_path, unlock, writer_folder
+from sonde.log.format.frames import encode_index
+from sonde.log.format.payload import LogArray, fill_payload, lay_out, view_payload
 
 from .appender import Appender, Pending, Sync, pack
-from .frames import encode_index
-from .layout import lock_path, unlock, writer_folder
-from .payload import LogArray, fill_payload, lay_out, view_payload
-from .sealing import Sealing
+from .sealer_process import Sealing
 
 _NOTE_FIELDS = frozenset(("kind", "sequence"))
 

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from .names import link_name
-from .payload import storage_dtype
+from sonde.log.format.names import link_name
+from sonde.log.format.payload import storage_dtype
 
 _COORDINATES = {"example": "id", "other_example": "id"}
 _TABLE_NAMES = frozenset("sequence presence crc32 streams offsets".split())

@@ -19,12 +19,12 @@ from typing import Any
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError
+from sonde.log.format.damage import Damage
+from sonde.log.format.files import is_being_written, journals, segments, writer_folders
+from sonde.log.format.frames import FILE_HEADER_BYTES, Frame
+from sonde.log.format.positioned import open_regular, read_at
 
-from .damage import Damage
-from .frames import FILE_HEADER_BYTES, Frame
-from .layout import is_being_written, journals, segments, writer_folders
 from .parts import JournalFile, JournalPart, Part, SegmentPart, read_array
-from .positioned import open_regular, read_at
 from .scan import Scan
 from .segment import Segment
 from .segment_file import SegmentFile, identify

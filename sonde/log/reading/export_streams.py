@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import DamageError, InvalidInputError
-from sonde.log.checked import (
+from sonde.log.format.checked import (
     ALL_DETAILS,
     CHECKSUM,
     COUNT,
@@ -37,13 +37,13 @@ from sonde.log.checked import (
     nbytes,
     whole,
 )
-from sonde.log.damage import Damage
-from sonde.log.parts import StreamKey
-from sonde.log.payload import from_storage, slot_checksum, storage_dtype
-from sonde.log.segment_file import Place, SegmentFile, read_place
+from sonde.log.format.damage import Damage
+from sonde.log.format.payload import from_storage, slot_checksum, storage_dtype
 from sonde.sizes import size_text
 
 from .compression import COMPRESSIONS, Compression, decompress
+from .parts import StreamKey
+from .segment_file import Place, SegmentFile, read_place
 
 _CACHE_BYTES = 32 << 20
 # Far more than a writer puts into one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .layout import lock_path, unlock
+from sonde.log.format.files import lock_path, unlock
 
 
 class WriterFolder:

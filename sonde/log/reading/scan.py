@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from zlib_ng.zlib_ng import crc32
 
-from .damage import Damage
-from .frames import (
+from sonde.log.format.damage import Damage
+from sonde.log.format.frames import (
     FILE_HEADER_BYTES,
     FRAME_MAGIC,
     Frame,
@@ -17,8 +17,8 @@ from .frames import (
     read_file_header,
     read_frame,
 )
-from .payload import Layout
-from .positioned import read_at
+from sonde.log.format.payload import Layout
+from sonde.log.format.positioned import read_at
 
 _CHUNK_BYTES = 4 << 20
 # Of small records many are read at once; of large ones nothing is read twice.

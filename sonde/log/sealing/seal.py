@@ -1,6 +1,6 @@
 """Sealing: turning closed journals into segments, in a process of its own.
 
-`python -m sonde.log.seal RUN` seals every journal of a run that nobody writes any more. A segment
+`python -m sonde.log.sealing.seal RUN` seals every journal of a run that nobody writes any more. A segment
 is written under a temporary name, forced to the disk, read back, compared with its journal, and
 renamed; only then is the journal deleted. If anything fails on the way, the journal stays and reads
 the same.
@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sonde.exceptions import DamageError, FormatError, SondeError
-from sonde.visible import visible
-
-from .damage import Damage
-from .frames import Frame
-from .layout import (
+from sonde.log.format.damage import Damage
+from sonde.log.format.files import (
     is_being_written,
     journals,
     lock_path,
@@ -34,12 +31,15 @@ from .layout import (
     unlock,
     writer_folders,
 )
-from .positioned import open_regular
+from sonde.log.format.frames import Frame
+from sonde.log.format.positioned import open_regular
+from sonde.log.reading.scan import scan_journal
+from sonde.log.reading.segment import Segment
+from sonde.log.reading.segment_file import identify
+from sonde.log.writing.sealer_process import END
+from sonde.visible import visible
+
 from .read_back import differing_frame
-from .scan import scan_journal
-from .sealing import END
-from .segment import Segment
-from .segment_file import identify
 from .segment_writer import write_segment
 
 
@@ -195,7 +195,7 @@ def _sealed_before(folder: Path, first: int, end: int, frames: Sequence[Frame]) 
 
 def main() -> None:
     """Seal the run named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sonde.log.seal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sonde.log.sealing.seal", description=__doc__)
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument(
         "--follow",

@@ -14,8 +14,7 @@ import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
 from sonde.exceptions import DamageError
-
-from .checked import (
+from sonde.log.format.checked import (
     CHECKSUM,
     COUNT,
     DETAILS,
@@ -31,8 +30,8 @@ from .checked import (
     list_of,
     nbytes,
 )
-from .payload import from_storage, storage_dtype
-from .positioned import check_regular, open_regular, read_at
+from sonde.log.format.payload import from_storage, storage_dtype
+from sonde.log.format.positioned import check_regular, open_regular, read_at
 
 _CHUNK_BYTES = 4 << 20
 

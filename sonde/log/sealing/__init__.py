@@ -1,0 +1,1 @@
+"""The other process: closed journals become immutable HDF5 segments."""

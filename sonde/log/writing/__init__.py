@@ -1,0 +1,1 @@
+"""The training's side of the log: a queue, a thread, and journals."""
