@@ -1,12 +1,12 @@
 """Hooks: what runs inside the training process and records it."""
 
-from .attach import attach
-from .config import Config
-from .config_file import load_config
-from .gradients.examplegrads import example_gradients
-from .gradients.gradient_result import ExampleGradientResult
-from .gradients.module_rules import gradient_rule
-from .layer_list import Layer, Layers, layers
+from .config.attach import attach
+from .config.config import Config
+from .config.file import load_config
+from .examples.probe import Probe
+from .gradients.compute import example_gradients
+from .gradients.result import ExampleGradientResult
+from .gradients.rules.user import gradient_rule
 from .measures import (
     Activations,
     DecisionPlanes,
@@ -14,16 +14,15 @@ from .measures import (
     Measure,
     OutputGradients,
     Predictions,
-    Recording,
     Scalars,
-    Subject,
 )
-from .probes import Probe
-from .recorder import Recorder
+from .model.layers import layers_of, select_layers
+from .record import Recording, Subject
+from .recording.layer_list import Layer, Layers, layers
+from .recording.recorder import Recorder
 from .schedule import Schedule, at, epochs, every, log_spaced
-from .select import layers_of, select_layers
-from .stores import Full, Gram, Sketch, Store
-from .training import TRAINING, Training
+from .stores.stores import Full, Gram, Sketch, Store
+from .training.source import TRAINING, Training
 
 __all__ = [
     "TRAINING",

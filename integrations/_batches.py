@@ -11,8 +11,8 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Recorder
-from sonde.hooks.select import unwrap
-from sonde.hooks.taps import add_hook
+from sonde.hooks.model.layers import unwrap
+from sonde.hooks.model.taps import add_hook
 
 
 def tell_batches(

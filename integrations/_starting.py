@@ -15,8 +15,8 @@ from torch import nn
 
 from sonde.exceptions import SondeError
 from sonde.hooks import Recorder
-from sonde.hooks.config import Config
-from sonde.hooks.environment import process_rank
+from sonde.hooks.config.config import Config
+from sonde.hooks.recording.environment import process_rank
 from sonde.integrations.launch.run_path import launch_key, reserve, waited_for
 
 # Which of the trainings of this process begins; on every rank the same.

@@ -17,7 +17,7 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError, MissingExtraError
 from sonde.hooks import Recorder
-from sonde.hooks.config import Config, as_config
+from sonde.hooks.config.config import Config, as_config
 
 from ._batches import tell_batches
 from ._starting import guarded, stepping_optimizer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sonde.exceptions import MissingExtraError
 from sonde.hooks import Recorder
-from sonde.hooks.config import Config, as_config
+from sonde.hooks.config.config import Config, as_config
 from sonde.log.format.endings import why_ended
 
 from ._batches import tell_ids

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError, MissingExtraError
 from sonde.hooks import Recorder
-from sonde.hooks.config import Config, as_config
-from sonde.hooks.taps import add_hook
+from sonde.hooks.config.config import Config, as_config
+from sonde.hooks.model.taps import add_hook
 
 from ._batches import tell_batches
 from ._starting import Trainings, guarded, stepping_optimizer

@@ -35,7 +35,7 @@ def test_links_point_at_the_top_level_folders(name: str) -> None:
 
 
 def test_hooks_are_imported_under_one_name() -> None:
-    import sonde.hooks.recorder
+    import sonde.hooks.recording.recorder
 
-    assert sonde.hooks.recorder.__name__ == "sonde.hooks.recorder"
+    assert sonde.hooks.recording.recorder.__name__ == "sonde.hooks.recording.recorder"
     assert "hooks" not in sys.modules

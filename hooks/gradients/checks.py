@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.float64_heads import Float64Heads
-from sonde.hooks.losses import Loss, example_loss
-from sonde.hooks.probes import Probe, call, device_of
+from sonde.hooks.examples.probe import Probe, call, device_of
+from sonde.hooks.gradients.rules.places import reason_of
+from sonde.hooks.gradients.uses.parameters import OwnedParameter
+from sonde.hooks.gradients.uses.stand_ins import HeldParameters
+from sonde.hooks.losses.coupled import COUPLED
+from sonde.hooks.losses.float64_heads import Float64Heads
+from sonde.hooks.losses.per_example import Loss, example_loss
 
-from .batches import BatchGradients, loss_of_model
-from .coupled_losses import COUPLED
-from .held_parameters import HeldParameters
-from .layouts import reason_of
-from .owned_parameters import OwnedParameter
+from .batch import BatchGradients, loss_of_model
 
 # How many examples are run alone, and how far off gradients may be, relative to their own norms:
 # rounding differs between a batch and an example alone.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sonde.hooks.probes import Inputs, Probe, device_of
-from sonde.hooks.random_states import RandomStates
-from sonde.hooks.taps import tensor_leaves
+from sonde.hooks.examples.probe import Inputs, Probe, device_of
+from sonde.hooks.model.random_states import RandomStates
+from sonde.hooks.model.taps import tensor_leaves
 
 
 class GivenExamples:

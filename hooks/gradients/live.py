@@ -17,31 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks import own_work
-from sonde.hooks.live_examples import describe_examples, left_out, micro_batches_of, nothing_of
-from sonde.hooks.log_arrays import to_log_array
-from sonde.hooks.measures.base import Observation, Recording
-from sonde.hooks.micro_batches import MicroBatch
-from sonde.hooks.precision import full_precision
-from sonde.hooks.sharding import has_sharded_parameters
-from sonde.hooks.stores import Full, Gram, Sketch
-from sonde.hooks.taps import add_hook, is_recomputing
-from sonde.hooks.training import TrainingStep
+from sonde.hooks.gradients.factors.dense import Factor
+from sonde.hooks.gradients.factors.sums import joined, summed
+from sonde.hooks.gradients.uses.operations import Operation
+from sonde.hooks.gradients.uses.parameters import UNSUPPORTED, OwnedParameter
+from sonde.hooks.gradients.uses.stand_ins import HeldParameters
+from sonde.hooks.gradients.uses.traced_places import Trace, TraceError, trace_of
+from sonde.hooks.gradients.uses.uses import ParameterUses
+from sonde.hooks.losses.saturation import head_attributes
+from sonde.hooks.model import own_work
+from sonde.hooks.model.precision import full_precision
+from sonde.hooks.model.ranks import has_sharded_parameters
+from sonde.hooks.model.taps import add_hook, is_recomputing
+from sonde.hooks.record import Observation, Recording
+from sonde.hooks.stores.log_arrays import to_log_array
+from sonde.hooks.stores.stores import Full, Gram, Sketch
+from sonde.hooks.training.examples_in_band import (
+    describe_examples,
+    left_out,
+    micro_batches_of,
+    nothing_of,
+)
+from sonde.hooks.training.micro_batches import MicroBatch
+from sonde.hooks.training.source import TrainingStep
 from sonde.log import LogArray
 
-from .batches import add_operation, root_of
-from .factor_sums import joined, summed
-from .factors import Factor
-from .held_parameters import HeldParameters
-from .kept_gradients import KeptGradients, reduced_rows
+from .batch import add_operation, root_of
+from .kept import KeptGradients, reduced_rows
 from .live_parts import Gradients, Held, Seen
 from .live_saturation import OWN, LiveSaturation, saturation_warnings
-from .operations import Operation
-from .owned_parameters import UNSUPPORTED, OwnedParameter
-from .parameter_uses import ParameterUses
-from .saturation import head_attributes
 from .sum_checks import SumChecks
-from .traced_places import Trace, TraceError, trace_of
 
 ToArrays = Callable[[KeptGradients], list[LogArray]]
 

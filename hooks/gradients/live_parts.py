@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sonde.hooks.micro_batches import MicroBatch
+from sonde.hooks.gradients.factors.dense import Factor
+from sonde.hooks.gradients.uses.operations import Operation
+from sonde.hooks.training.micro_batches import MicroBatch
 
-from .factors import Factor
-from .operations import Operation
 from .sum_checks import Terms
 
 

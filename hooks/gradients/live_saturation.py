@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sonde.hooks.example_axes import ExampleAxes, OutputAxes
-from sonde.hooks.micro_batches import MicroBatch
-
-from .saturation import Logits, are_saturated
+from sonde.hooks.examples.axes import ExampleAxes, OutputAxes
+from sonde.hooks.losses.saturation import Logits, are_saturated
+from sonde.hooks.training.micro_batches import MicroBatch
 
 Guard: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
 """Makes a hook of a function, of which nothing gets out."""

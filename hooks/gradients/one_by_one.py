@@ -13,14 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.losses import Loss
-from sonde.hooks.probes import Probe
-from sonde.hooks.sharding import has_sharded_parameters
+from sonde.hooks.examples.probe import Probe
+from sonde.hooks.gradients.factors.dense import Dense, Factor
+from sonde.hooks.gradients.rules.places import UnsupportedError, reason_of, widened
+from sonde.hooks.losses.per_example import Loss
+from sonde.hooks.model.ranks import has_sharded_parameters
 
 from .checks import loss_alone
-from .factors import Dense, Factor
 from .given_examples import GivenExamples
-from .layouts import UnsupportedError, reason_of, widened
 
 
 def gradients_one_by_one(

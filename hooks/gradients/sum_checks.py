@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .factors import Dense, Factor
+from sonde.hooks.gradients.factors.dense import Dense, Factor
 
 # How far a sum may be off the gradient, relative to its norm, by the type of what came back.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses.per_example import Loss
 
 from .given_examples import GivenExamples
 

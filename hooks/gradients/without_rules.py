@@ -7,19 +7,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from sonde.hooks.losses import Loss
+from sonde.hooks.gradients.factors.dense import Factor
+from sonde.hooks.gradients.rules.places import UnsupportedError
+from sonde.hooks.gradients.uses.parameters import OwnedParameter
+from sonde.hooks.gradients.uses.stand_ins import HeldParameters
+from sonde.hooks.losses.coupled import COUPLED
+from sonde.hooks.losses.per_example import Loss
 
-from .batches import BatchGradients
+from .batch import BatchGradients
 from .checks import differing
-from .coupled_losses import COUPLED
-from .factors import Factor
-from .fallback import fallback_gradients
 from .given_examples import GivenExamples
-from .held_parameters import HeldParameters
-from .layouts import UnsupportedError
 from .one_by_one import gradients_one_by_one
-from .owned_parameters import OwnedParameter
 from .verdicts import Problems, Verdict
+from .vmapped import fallback_gradients
 
 
 class WithoutRules:

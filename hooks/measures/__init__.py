@@ -1,7 +1,9 @@
 """Measures: what can be recorded of a training, one file each."""
 
+from sonde.hooks.record import Recording, Subject
+
 from .activations import Activations
-from .base import Measure, Recording, Subject
+from .base import Measure
 from .decision_planes import DecisionPlanes
 from .example_gradients import ExampleGradients
 from .output_gradients import OutputGradients

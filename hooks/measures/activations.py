@@ -11,24 +11,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.accumulators import Accumulator, Room
-from sonde.hooks.example_axes import batch_axis, why_no_axis
-from sonde.hooks.live_outputs import LiveOutputs
-from sonde.hooks.passes import Pass, pass_bytes, plan_passes
-from sonde.hooks.probes import Probe, call, device_of, undisturbed
-from sonde.hooks.random_states import RandomStates
-from sonde.hooks.references import reference_attributes
-from sonde.hooks.select import select_layers
-from sonde.hooks.sharded_outputs import OwnPart, join_ranks
-from sonde.hooks.sharding import Shards, agreed, take_buffers_of_first, tell_all
-from sonde.hooks.small_runs import SmallRun, run_small
-from sonde.hooks.stores import Gram, Store
-from sonde.hooks.taps import tapped, tensor_leaves
-from sonde.hooks.training import TrainingStep
+from sonde.hooks.examples.axes import batch_axis, why_no_axis
+from sonde.hooks.examples.probe import Probe, call, device_of, undisturbed
+from sonde.hooks.examples.small_runs import SmallRun, run_small
+from sonde.hooks.model.layers import select_layers
+from sonde.hooks.model.random_states import RandomStates
+from sonde.hooks.model.ranks import Shards, agreed, take_buffers_of_first, tell_all
+from sonde.hooks.model.taps import tapped, tensor_leaves
+from sonde.hooks.record import Recording, Subject
+from sonde.hooks.stores.accumulators import Accumulator, Room
+from sonde.hooks.stores.passes import Pass, pass_bytes, plan_passes
+from sonde.hooks.stores.references import reference_attributes
+from sonde.hooks.stores.sharded_outputs import OwnPart, join_ranks
+from sonde.hooks.stores.stores import Gram, Store
+from sonde.hooks.training.source import TrainingStep
 from sonde.log import LogArray
 
-from .base import Recording, Subject
 from .layer_measure import LayerMeasure
+from .live_outputs import LiveOutputs
 
 # The share of the memory that is left for what is made on the way, as one part in so many.
 _SPARE_SHARE = 8

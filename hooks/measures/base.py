@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from sonde.hooks.arguments import check_schedule
-from sonde.hooks.probes import Probe
+from sonde.hooks.examples.probe import Probe
+from sonde.hooks.record import Observation, Recording, Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.training import Training, TrainingStep
+from sonde.hooks.training.source import Training, TrainingStep
 from sonde.log import LogArray
-
-
-@dataclass
-class Subject:
-    """What is measured.
-
-    Attributes:
-        model: The user's own module, without wrappers.
-        optimizers: The optimizers the recorder is attached to.
-        scalars: The latest value of everything given to `recorder.log`.
-    """
-
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    scalars: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Recording:
-    """What a measure recorded at one step.
-
-    Attributes:
-        arrays: The arrays.
-        attributes: What else the record says of itself, as JSON values.
-        missing: What could not be recorded, with the reason, by layer or parameter name.
-        notes: Facts that seldom change, by event; they are logged when they differ from before.
-        warnings: What is warned of and noted, once in a training, by what it is about.
-    """
-
-    arrays: list[LogArray] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    warnings: Mapping[str, str] = field(default_factory=dict)
-
-
-class Observation(ABC):
-    """A measure of the training itself at one due step, while its passes run."""
-
-    @abstractmethod
-    def finish(self) -> Recording:
-        """Return what was seen; whatever this raises switches the measure off."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Leave the model as it was."""
 
 
 class Measure(ABC):

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.arguments import check_schedule, check_whole
-from sonde.hooks.digests import digest
-from sonde.hooks.example_ids import as_int64
-from sonde.hooks.probes import device_of, undisturbed, values_of
+from sonde.hooks.examples.digests import digest
+from sonde.hooks.examples.ids import as_int64
+from sonde.hooks.examples.probe import device_of, undisturbed, values_of
+from sonde.hooks.losses.scores import Output, Scores, check_outputs
+from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.scores import Output, Scores, check_outputs
 from sonde.log import LogArray
 
-from .base import Measure, Recording, Subject
+from .base import Measure
 
 Population = Literal["distinct", "any", "same"]
 

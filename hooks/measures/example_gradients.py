@@ -9,26 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.gradients.examplegrads import check_store, example_gradients
-from sonde.hooks.gradients.kept_gradients import KeptGradients
+from sonde.hooks.examples.probe import Probe
+from sonde.hooks.gradients.compute import check_store, example_gradients
+from sonde.hooks.gradients.kept import KeptGradients
 from sonde.hooks.gradients.live import LiveGradients
-from sonde.hooks.gradients.owned_parameters import (
-    UNSUPPORTED,
-    OwnedParameter,
-    owned_parameters,
-)
-from sonde.hooks.gradients.row_products import are_outside
-from sonde.hooks.gradients.saturation import head_attributes
-from sonde.hooks.log_arrays import to_log_array
-from sonde.hooks.losses import Loss
-from sonde.hooks.probes import Probe
+from sonde.hooks.gradients.uses.parameters import UNSUPPORTED, OwnedParameter, owned_parameters
+from sonde.hooks.losses.per_example import Loss
+from sonde.hooks.losses.saturation import head_attributes
+from sonde.hooks.model.layers import Selector, select_layers
+from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Full, Sketch, Store
-from sonde.hooks.training import Training, TrainingStep
+from sonde.hooks.stores.log_arrays import to_log_array
+from sonde.hooks.stores.row_products import are_outside
+from sonde.hooks.stores.stores import Full, Sketch, Store
+from sonde.hooks.training.source import Training, TrainingStep
 from sonde.log import LogArray
 
-from .base import Recording, Subject
 from .layer_measure import LayerMeasure
 
 

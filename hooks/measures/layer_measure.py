@@ -9,15 +9,16 @@ from torch import nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.arguments import check_schedule, check_whole
-from sonde.hooks.live_outputs import LiveOutputs
-from sonde.hooks.probes import Probe
+from sonde.hooks.examples.probe import Probe
+from sonde.hooks.model.layers import Selector, select_layers
+from sonde.hooks.record import Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.select import Selector, select_layers
-from sonde.hooks.stores import Gram, Store
-from sonde.hooks.training import Training, TrainingStep
+from sonde.hooks.stores.stores import Gram, Store
+from sonde.hooks.training.source import Training, TrainingStep
 from sonde.log import LogArray
 
-from .base import Measure, Subject
+from .base import Measure
+from .live_outputs import LiveOutputs
 
 
 class LayerMeasure(Measure):

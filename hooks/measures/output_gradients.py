@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.live_outputs import LiveOutputs
-from sonde.hooks.training import TrainingStep
+from sonde.hooks.record import Subject
+from sonde.hooks.training.source import TrainingStep
 
-from .base import Subject
 from .layer_measure import LayerMeasure
+from .live_outputs import LiveOutputs
 
 
 class OutputGradients(LayerMeasure):

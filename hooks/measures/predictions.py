@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.example_axes import OutputAxes
-from sonde.hooks.host_copies import on_host, wait_for_copies
-from sonde.hooks.log_arrays import to_log_array
-from sonde.hooks.probes import Probe, call, device_of, undisturbed
+from sonde.hooks.examples.axes import OutputAxes
+from sonde.hooks.examples.probe import Probe, call, device_of, undisturbed
+from sonde.hooks.examples.small_runs import seen_by
+from sonde.hooks.losses.scores import Output, Scores, check_outputs
+from sonde.hooks.model.ranks import Shards, agreed, collect, take_buffers_of_first
+from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.scores import Output, Scores, check_outputs
-from sonde.hooks.sharding import Shards, agreed, collect, take_buffers_of_first
-from sonde.hooks.small_runs import seen_by
+from sonde.hooks.stores.host_copies import on_host, wait_for_copies
+from sonde.hooks.stores.log_arrays import to_log_array
 
-from .base import ProbeMeasure, Recording, Subject
+from .base import ProbeMeasure
 
 
 class Predictions(ProbeMeasure):

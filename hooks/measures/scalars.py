@@ -9,10 +9,11 @@ import numpy as np
 from torch import nn
 
 from sonde.hooks.arguments import check_schedule
+from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
 from sonde.log import LogArray
 
-from .base import Measure, Recording, Subject
+from .base import Measure
 
 
 class Scalars(Measure):

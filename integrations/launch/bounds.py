@@ -8,12 +8,13 @@ from dataclasses import replace
 from torch import nn
 
 from sonde.hooks import Activations, Config, Predictions
-from sonde.hooks.estimate import estimate
-from sonde.hooks.measures.base import Measure, Subject
+from sonde.hooks.measures.base import Measure
+from sonde.hooks.model.layers import select_layers
+from sonde.hooks.record import Subject
+from sonde.hooks.recording.estimate import estimate
 from sonde.hooks.schedule import log_spaced
-from sonde.hooks.select import select_layers
-from sonde.hooks.stores import Store
-from sonde.hooks.training import Training
+from sonde.hooks.stores.stores import Store
+from sonde.hooks.training.source import Training
 from sonde.sizes import size_text
 
 # Such as every logit of every position of a language model.

@@ -9,11 +9,11 @@ import torch
 
 from sonde.exceptions import RunExistsError
 from sonde.hooks import Config, Full, Gram, Probe, Sketch, every
-from sonde.hooks.config import as_config
-from sonde.hooks.config_file import ConfigFile, read_config
-from sonde.hooks.config_places import Place
-from sonde.hooks.config_values import to_layers
-from sonde.hooks.stores import Store
+from sonde.hooks.config.config import as_config
+from sonde.hooks.config.file import ConfigFile, read_config
+from sonde.hooks.config.places import Place
+from sonde.hooks.config.values import to_layers
+from sonde.hooks.stores.stores import Store
 from sonde.log.format.files import RUN_FILE
 
 from .run_script import Launch

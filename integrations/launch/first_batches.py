@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
-from sonde.hooks.example_axes import ExampleAxes
+from sonde.hooks.examples.axes import ExampleAxes
 
 # Arguments of a model that are targets: with them it computes its loss by itself.
 _TARGETS = ("labels", "label", "targets", "target")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sonde.hooks import Probe
-from sonde.hooks.batch_axes import is_plain
-from sonde.hooks.model_states import MadeParametersError
-from sonde.hooks.probes import call, device_of, undisturbed
-from sonde.hooks.select import layers_of
-from sonde.hooks.sharding import has_sharded_parameters
-from sonde.hooks.taps import map_tensors, tapped, tensor_leaves
+from sonde.hooks.examples.probe import call, device_of, undisturbed
+from sonde.hooks.model.layers import layers_of
+from sonde.hooks.model.ranks import has_sharded_parameters
+from sonde.hooks.model.state import MadeParametersError
+from sonde.hooks.model.taps import map_tensors, tapped, tensor_leaves
+from sonde.hooks.training.batch_axes import is_plain
 
 
 @dataclass

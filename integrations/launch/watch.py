@@ -25,13 +25,13 @@ from torch.optim.optimizer import (
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe, Recorder
-from sonde.hooks.config import Config
-from sonde.hooks.environment import process_rank
-from sonde.hooks.hand_steps import HandSteps
-from sonde.hooks.optimizer_steps import StepCalls
-from sonde.hooks.scores import OutputChoiceError
-from sonde.hooks.select import unwrap
-from sonde.hooks.taps import add_hook
+from sonde.hooks.config.config import Config
+from sonde.hooks.losses.scores import OutputChoiceError
+from sonde.hooks.model.layers import unwrap
+from sonde.hooks.model.taps import add_hook
+from sonde.hooks.recording.environment import process_rank
+from sonde.hooks.training.hand_steps import HandSteps
+from sonde.hooks.training.optimizer_steps import StepCalls
 from sonde.sizes import size_text
 
 from .bounds import bounded

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import sonde
-from sonde.hooks.gradients.examplegrads import example_gradients
-from sonde.hooks.gradients.gradient_result import ExampleGradientResult
+from sonde.hooks.gradients.compute import example_gradients
+from sonde.hooks.gradients.result import ExampleGradientResult
 from sonde.log import Run
 
 from .conftest import RunRanks

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses.per_example import Loss
 
 
 class ConvNet(nn.Sequential):

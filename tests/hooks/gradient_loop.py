@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.hooks import ExampleGradientResult
-from sonde.hooks.losses import Loss
-from sonde.hooks.probes import Inputs, call
+from sonde.hooks.examples.probe import Inputs, call
+from sonde.hooks.losses.per_example import Loss
 
 # Both sides are float64: what is left is the rounding of sums in another order.
 TOLERANCE = 1e-10

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks import float64_heads, losses
-from sonde.hooks.float64_heads import Float64Heads
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses import float64_heads
+from sonde.hooks.losses import per_example as losses
+from sonde.hooks.losses.float64_heads import Float64Heads
+from sonde.hooks.losses.per_example import Loss
 
 from .gradient_loop import kinds, loop_gradients, rows_of
 

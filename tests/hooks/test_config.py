@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss
 
 import sonde
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.config import as_config
+from sonde.hooks.config.config import as_config
 
 
 def test_without_a_probe_the_training_itself_is_recorded(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.hooks import Measure
-from sonde.hooks.precision import full_precision
-from sonde.hooks.random_states import RandomStates
+from sonde.hooks.model.precision import full_precision
+from sonde.hooks.model.random_states import RandomStates
 
 from .conftest import everything
 from .devices import DEVICES, needs_gpu

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError, UnsupportedModelError
 from sonde.hooks import Full, Probe, example_gradients
-from sonde.hooks.gradients import factors as factors_module
-from sonde.hooks.gradients.outer_products import Outer
-from sonde.hooks.losses import Loss
+from sonde.hooks.gradients.factors import dense as factors_module
+from sonde.hooks.gradients.factors.outer import Outer
+from sonde.hooks.losses.per_example import Loss
 
 from .conftest import loop_gram
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.gradients.rules import RULES, Rule
+from sonde.hooks.gradients.rules.functions import RULES, Rule
 from sonde.hooks.gradients.sum_checks import SumChecks, Terms
 
 N = 12

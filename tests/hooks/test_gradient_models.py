@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses.per_example import Loss
 
 from .devices import DEVICES
 from .gradient_loop import (

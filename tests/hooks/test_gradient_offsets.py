@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.gradients.factor_sums import summed
-from sonde.hooks.gradients.factors import Factor
-from sonde.hooks.gradients.outer_products import Outer
-from sonde.hooks.gradients.sparse_rows import Rows
+from sonde.hooks.gradients.factors.dense import Factor
+from sonde.hooks.gradients.factors.outer import Outer
+from sonde.hooks.gradients.factors.rows import Rows
+from sonde.hooks.gradients.factors.sums import summed
 
 from .gradient_loop import SETTINGS, kinds, loop_gradients, rows_of
 

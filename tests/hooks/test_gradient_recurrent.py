@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses.per_example import Loss
 
 from .gradient_loop import LOSSES, SETTINGS, check_exact
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sonde.hooks.losses import Loss
+from sonde.hooks.losses.per_example import Loss
 
 from .gradient_loop import LOSSES, SETTINGS, check_exact
 

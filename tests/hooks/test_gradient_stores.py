@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.gradients import factors as factors_module
-from sonde.hooks.stores import Store
+from sonde.hooks.gradients.factors import dense as factors_module
+from sonde.hooks.stores.stores import Store
 
 from .gradient_loop import (
     assert_same_gradients,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.gradients import module_rules
+from sonde.hooks.gradients.rules import user as module_rules
 
 from .gradient_loop import assert_same_gradients, check_exact, loop_gradients, targets_of
 

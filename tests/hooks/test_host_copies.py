@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sonde
-from sonde.hooks.host_copies import empty_on_host, on_host, start_copy, wait_for_copies
+from sonde.hooks.stores.host_copies import empty_on_host, on_host, start_copy, wait_for_copies
 
 from .devices import DEVICES, needs_gpu
 

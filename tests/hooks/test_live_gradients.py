@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sonde
-from sonde.hooks.gradients.rules import RULES, Rule
+from sonde.hooks.gradients.rules.functions import RULES, Rule
 
 from .conftest import ConvNet
 from .models import GPT

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sonde.hooks import float64_heads, losses
-from sonde.hooks.losses import Loss, example_losses
+from sonde.hooks.losses import float64_heads
+from sonde.hooks.losses import per_example as losses
+from sonde.hooks.losses.per_example import Loss, example_losses
 
 NUM_EXAMPLES, NUM_CLASSES, NUM_TOKENS = 6, 10, 7
 WEIGHT = torch.rand(NUM_CLASSES, generator=torch.manual_seed(0)) + 0.5

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks import model_states
-from sonde.hooks.kept_tensors import KeptTensor
+from sonde.hooks.model import state as model_states
+from sonde.hooks.model.kept_tensors import KeptTensor
 
 
 class Stateful(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import InvalidInputError, SondeWarning
-from sonde.hooks.example_axes import ExampleAxes, OutputAxes
+from sonde.hooks.examples.axes import ExampleAxes, OutputAxes
 
 
 class States(nn.Module):

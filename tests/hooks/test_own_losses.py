@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.gradients.loss_graphs import shown_loss
+from sonde.hooks.losses.graphs import shown_loss
 
 _WEIGHT = torch.tensor([1.0, 5.0, 0.2, 2.0, 1.0])
 

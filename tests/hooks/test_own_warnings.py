@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks.own_warnings import without_warnings
+from sonde.hooks.model.own_warnings import without_warnings
 
 
 class Warner(nn.Module):

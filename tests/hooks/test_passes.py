@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.passes import plan_passes
+from sonde.hooks.stores.passes import plan_passes
 
 
 @settings(max_examples=1000)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import SondeWarning
-from sonde.hooks.probes import undisturbed
+from sonde.hooks.examples.probe import undisturbed
 
 _INPUTS = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
 _TARGETS = torch.arange(12) % 3

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Probe
-from sonde.hooks.probes import undisturbed
+from sonde.hooks.examples.probe import undisturbed
 from sonde.log.format.inputs import same_inputs
 
 

@@ -24,7 +24,7 @@ from sonde.exceptions import (
     RunExistsError,
     RunNotFoundError,
 )
-from sonde.hooks import run_directory
+from sonde.hooks.recording import run_directory
 from sonde.log import LogWriter
 from sonde.log.format.files import write_run_file, writer_folders
 from tests.limits import LIMIT_SECONDS
@@ -109,7 +109,7 @@ def test_a_run_that_another_rank_still_writes_is_not_resumed(make: Make) -> None
     first.close()
     # In this process it is closed; the lock of another process would stay.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sonde.hooks.closing.still_open", list)
+        patch.setattr("sonde.hooks.recording.closing.still_open", list)
         with pytest.raises(RunExistsError, match="is being written by another process"):
             make(0, resume=True)
     second.close()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sonde
 from sonde.exceptions import InvalidInputError, SondeWarning
 from sonde.hooks import Subject
-from sonde.hooks.config_file import load_config
+from sonde.hooks.config.file import load_config
 
 _X = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
 _CLASSES = torch.arange(12) % 3

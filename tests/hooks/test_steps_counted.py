@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import InvalidInputError, SondeWarning
-from sonde.hooks.optimizer_steps import SkippedUpdates, StepCalls
+from sonde.hooks.training.optimizer_steps import SkippedUpdates, StepCalls
 
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(8) % 3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from sonde.hooks.taps import tapped, tensor_leaves
+from sonde.hooks.model.taps import tapped, tensor_leaves
 
 
 @dataclass

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import sonde
-from sonde.hooks import Measure, closing
-from sonde.hooks.probes import _Eagerly
+from sonde.hooks import Measure
+from sonde.hooks.examples.probe import _Eagerly
+from sonde.hooks.recording import closing
 
 N = 8
 NUM_STEPS = 2

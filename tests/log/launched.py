@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import sonde
-from sonde.hooks import Measure, Recording, Subject, closing
+from sonde.hooks import Measure, Recording, Subject
+from sonde.hooks.recording import closing
 from sonde.log import LogArray, LogWriter
 from tests.limits import LIMIT_SECONDS
 

@@ -17,7 +17,7 @@ import pytest
 import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import ExampleGradientResult
-from sonde.hooks.gradients.outer_products import Outer
+from sonde.hooks.gradients.factors.outer import Outer
 
 from . import checker
 from .cases import Setup, drawn, fits, make_setup, named, pairs
@@ -170,6 +170,6 @@ def test_the_checker_complains_of_a_rule_that_is_a_little_off(
     monkeypatch.setattr(Outer, "form", lambda self, rows: 1.01 * form(self, rows))
     # Their own check finds it, and others are computed; without it nothing would.
     assert list(wrong_result(gradients_of(setup, None, "Full"), truth)) == []
-    monkeypatch.setattr("sonde.hooks.gradients.examplegrads.differing", lambda *_, **__: {})
+    monkeypatch.setattr("sonde.hooks.gradients.compute.differing", lambda *_, **__: {})
     setup = make_setup("mlp", "cross entropy")  # What is known of the other is kept.
     assert list(wrong_result(gradients_of(setup, None, "Full"), truth)) != []

@@ -61,7 +61,7 @@ CASES = drawn(
 @pytest.fixture(autouse=True)
 def nothing_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that seals takes longer to start than a case; readers take both forms."""
-    monkeypatch.setattr("sonde.hooks.recorder.LogWriter", partial(LogWriter, seal=False))
+    monkeypatch.setattr("sonde.hooks.recording.recorder.LogWriter", partial(LogWriter, seal=False))
 
 
 def expected_rows(setup: Setup, seen: list[Seen], scale: str) -> Rows | None:

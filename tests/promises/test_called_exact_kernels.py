@@ -63,7 +63,7 @@ class Shifted(nn.Module):
 @pytest.fixture(autouse=True)
 def nothing_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that seals takes longer to start than a case; readers take both forms."""
-    monkeypatch.setattr("sonde.hooks.recorder.LogWriter", partial(LogWriter, seal=False))
+    monkeypatch.setattr("sonde.hooks.recording.recorder.LogWriter", partial(LogWriter, seal=False))
 
 
 def examples() -> Tensor:

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sonde
 from sonde.hooks import Measure
-from sonde.hooks.gradients.module_rules import gradient_rule
-from sonde.hooks.gradients.rules import RULES, Rule
+from sonde.hooks.gradients.rules.functions import RULES, Rule
+from sonde.hooks.gradients.rules.user import gradient_rule
 
 NUM_STEPS, BATCH_SIZE, NUM_ACCUMULATED, NUM_PROBED = 2, 8, 2, 6
 KINDS = ("ddp", "fsdp")

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sonde
 from sonde.hooks import Measure, Store
-from sonde.hooks.select import unwrap
+from sonde.hooks.model.layers import unwrap
 
 NUM_STEPS, BATCH_SIZE, NUM_EXAMPLES, NUM_PROBED = 3, 8, 24, 21
 STORES: dict[str, Store] = {

@@ -1,0 +1,1 @@
+"""Configurations: what to record and where, in Python and in YAML."""

@@ -1,0 +1,1 @@
+"""Whose rows: probes, their examples, and where examples are in what a model returns."""

@@ -1,0 +1,1 @@
+"""Factors: per-example gradients of one parameter, without forming them."""

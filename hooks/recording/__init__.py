@@ -1,0 +1,1 @@
+"""Recording: the recorder, what is due, and the run directory it writes."""

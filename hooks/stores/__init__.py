@@ -1,0 +1,1 @@
+"""Stores: the form kept of each layer's examples × features matrix, and how it is accumulated."""

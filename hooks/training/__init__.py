@@ -1,0 +1,1 @@
+"""The training as a source: its passes, its steps, and the examples of each."""
