@@ -21,7 +21,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
 test-full: $(VENV)/.test-installed
-	$(BIN)/python -m pytest --full tests/log tests/hooks/test_run_directory.py tests/hooks/test_gradient_models.py \
+	$(BIN)/python -m pytest --full tests/log tests/hooks/recording/test_run_directory.py tests/hooks/gradients/test_gradient_models.py \
 	  tests/distributed tests/test_sonde_run.py
 
 bench: $(VENV)/.bench-installed

@@ -16,8 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import sonde
-
-from .live_loop import (
+from tests.hooks.gradients.live_loop import (
     NUM_EXAMPLES,
     Net,
     activations,

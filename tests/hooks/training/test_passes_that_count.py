@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import SondeWarning
-
-from .live_loop import features
+from tests.hooks.gradients.live_loop import features
 
 N = 6
 GONE = "their gradients were set to None or zero before the optimizer stepped"

@@ -17,8 +17,7 @@ from sonde.hooks import Full, Probe, example_gradients
 from sonde.hooks.gradients.factors import dense as factors_module
 from sonde.hooks.gradients.factors.outer import Outer
 from sonde.hooks.losses.per_example import Loss
-
-from .conftest import loop_gram
+from tests.hooks.conftest import loop_gram
 
 SETTINGS = settings(max_examples=25)
 

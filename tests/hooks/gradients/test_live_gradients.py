@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sonde
 from sonde.hooks.gradients.rules.functions import RULES, Rule
-
-from .conftest import ConvNet
-from .models import GPT
+from tests.hooks.conftest import ConvNet
+from tests.hooks.models import GPT
 
 N = 12
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import sonde
 from sonde.exceptions import InvalidInputError
 from sonde.hooks import Recording, Subject
-
-from .conftest import ConvNet, everything, train
+from tests.hooks.conftest import ConvNet, everything, train
 
 
 def trained(

@@ -10,8 +10,7 @@ from torch import nn
 
 import sonde
 from sonde.hooks.stores.host_copies import empty_on_host, on_host, start_copy, wait_for_copies
-
-from .devices import DEVICES, needs_gpu
+from tests.hooks.devices import DEVICES, needs_gpu
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import sonde
 from sonde.exceptions import InvalidInputError, LayerNotFoundError
 from sonde.hooks import Measure, Subject
-
-from .conftest import loop_gram
+from tests.hooks.conftest import loop_gram
 
 
 def record(path: Path, model: nn.Module, *measures: Measure) -> sonde.Run:

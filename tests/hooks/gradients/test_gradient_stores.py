@@ -14,13 +14,7 @@ import sonde
 from sonde.hooks.gradients.factors import dense as factors_module
 from sonde.hooks.stores.stores import Store
 
-from .gradient_loop import (
-    assert_same_gradients,
-    assert_same_gram,
-    kinds,
-    loop_gradients,
-    rows_of,
-)
+from .gradient_loop import assert_same_gradients, assert_same_gram, kinds, loop_gradients, rows_of
 
 
 class Net(nn.Module):

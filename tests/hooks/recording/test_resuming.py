@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import InvalidInputError
-
-from .conftest import ConvNet, everything, train
-from .live_loop import Net, activations, batches, plain_loop, record
+from tests.hooks.conftest import ConvNet, everything, train
+from tests.hooks.gradients.live_loop import Net, activations, batches, plain_loop, record
 
 
 def resumable(

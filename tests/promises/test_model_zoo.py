@@ -26,8 +26,7 @@ from torch import Tensor, nn
 import sonde
 from sonde.exceptions import SondeWarning
 from sonde.hooks import select_layers
-
-from .models import GPT, ListOfImages, Mixer, TimeFirst
+from tests.hooks.models import GPT, ListOfImages, Mixer, TimeFirst
 
 pytest.importorskip("torchvision")
 from torchvision import models

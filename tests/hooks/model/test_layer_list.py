@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import LayerNotFoundError
-
-from .conftest import ConvNet
+from tests.hooks.conftest import ConvNet
 
 
 class Twice(nn.Module):

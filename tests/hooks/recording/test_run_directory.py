@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sonde
-from sonde.exceptions import (
-    InvalidInputError,
-    MismatchError,
-    RunExistsError,
-    RunNotFoundError,
-)
+from sonde.exceptions import InvalidInputError, MismatchError, RunExistsError, RunNotFoundError
 from sonde.hooks.recording import run_directory
 from sonde.log import LogWriter
 from sonde.log.format.files import write_run_file, writer_folders

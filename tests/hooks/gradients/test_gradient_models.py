@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.hooks.losses.per_example import Loss
+from tests.hooks.devices import DEVICES
+from tests.hooks.models import GPT, LSTMClassifier, Mixer
 
-from .devices import DEVICES
 from .gradient_loop import (
     TOLERANCE,
     as_double,
@@ -26,7 +27,6 @@ from .gradient_loop import (
     map_inputs,
     num_examples_of,
 )
-from .models import GPT, LSTMClassifier, Mixer
 
 pytest.importorskip("torchvision")
 from torchvision import models

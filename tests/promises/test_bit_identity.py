@@ -27,9 +27,8 @@ from torch.utils.checkpoint import checkpoint
 import sonde
 from sonde.hooks import TRAINING, Measure, Recording, Subject
 from sonde.hooks.measures.base import ProbeMeasure
-
-from . import devices  # noqa: F401 # It prepares cuBLAS.
-from .models import GPT, CallCount, LSTMClassifier
+from tests.hooks import devices  # noqa: F401 # It prepares cuBLAS.
+from tests.hooks.models import GPT, CallCount, LSTMClassifier
 
 models = pytest.importorskip("torchvision").models
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-
-from .live_loop import (
+from tests.hooks.gradients.live_loop import (
     NUM_EXAMPLES,
     Net,
     Seen,

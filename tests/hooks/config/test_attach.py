@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import sonde
 from sonde.exceptions import InvalidInputError
-
-from .conftest import train
+from tests.hooks.conftest import train
 
 
 def test_attach_records_what_the_probe_allows(

@@ -19,8 +19,7 @@ from sonde.hooks.losses import float64_heads
 from sonde.hooks.losses import per_example as losses
 from sonde.hooks.losses.float64_heads import Float64Heads
 from sonde.hooks.losses.per_example import Loss
-
-from .gradient_loop import kinds, loop_gradients, rows_of
+from tests.hooks.gradients.gradient_loop import kinds, loop_gradients, rows_of
 
 NUM_EXAMPLES, NUM_CLASSES, NUM_TOKENS = 8, 5, 6
 # The margin of the true class to the next; float32 rounds to 0 from 17 on, float64 from 37.

@@ -18,10 +18,9 @@ import sonde
 from sonde.hooks import Measure
 from sonde.hooks.model.precision import full_precision
 from sonde.hooks.model.random_states import RandomStates
-
-from .conftest import everything
-from .devices import DEVICES, needs_gpu
-from .models import GPT, LSTMClassifier
+from tests.hooks.conftest import everything
+from tests.hooks.devices import DEVICES, needs_gpu
+from tests.hooks.models import GPT, LSTMClassifier
 
 pytest.importorskip("torchvision")
 from torchvision import models

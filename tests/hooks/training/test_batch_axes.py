@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-
-from .live_loop import NUM_EXAMPLES, features, gradients, record
+from tests.hooks.gradients.live_loop import NUM_EXAMPLES, features, gradients, record
 
 
 def test_examples_in_axis_1_of_the_inputs(tmp_path: Path) -> None:
