@@ -21,8 +21,8 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
 test-full: $(VENV)/.test-installed
-	$(BIN)/python -m pytest --full tests/log tests/hooks/recording/test_run_directory.py tests/hooks/gradients/test_gradient_models.py \
-	  tests/distributed tests/test_sonde_run.py
+	$(BIN)/python -m pytest --full tests/log tests/hooks/recording/test_run_directory.py \
+	  tests/hooks/gradients/test_gradient_models.py tests/distributed tests/test_sonde_run.py
 
 bench: $(VENV)/.bench-installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/log_append.py

@@ -1,9 +1,9 @@
 """Sealing: turning closed journals into segments, in a process of its own.
 
-`python -m sonde.log.sealing.seal RUN` seals every journal of a run that nobody writes any more. A segment
-is written under a temporary name, forced to the disk, read back, compared with its journal, and
-renamed; only then is the journal deleted. If anything fails on the way, the journal stays and reads
-the same.
+`python -m sonde.log.sealing.seal RUN` seals every journal of a run that nobody writes any more. A
+segment is written under a temporary name, forced to the disk, read back, compared with its journal,
+and renamed; only then is the journal deleted. If anything fails on the way, the journal stays and
+reads the same.
 """
 
 from __future__ import annotations

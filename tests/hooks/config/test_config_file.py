@@ -172,7 +172,7 @@ def test_a_store_in_yaml_is_the_store_in_python(
 def test_every_schedule_and_store_is_known_by_its_name() -> None:
     assert set(SCHEDULES) <= set(sonde.__all__)
     assert {kind.__name__ for kind in STORES.values()} == {
-        kind.__name__ for kind in sonde.hooks.stores.stores.Store.__subclasses__()
+        kind.__name__ for kind in sonde.hooks.Store.__subclasses__()
     }
 
 
