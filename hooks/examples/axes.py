@@ -127,9 +127,15 @@ def batch_axis(shape: Sequence[int], size: int, *seen: Seen) -> int | None:
     return found[0] if found else None
 
 
-def why_no_axis(shape: Sequence[int], size: int) -> str:
-    """Return why no axis of an output is taken for the examples."""
-    if size in shape:
+def why_no_axis(shape: Sequence[int], size: int, *seen: Seen) -> str:
+    """Return why no axis of an output is taken for the examples.
+
+    Args:
+        shape: The shape of an output for `size` examples.
+        size: The number of examples.
+        seen: Its shapes for other numbers of them.
+    """
+    if size in shape and all(number == size for number, _ in seen):
         return f"it cannot be told whether an axis of its output {list(shape)} holds the examples"
     return f"no axis of its output {list(shape)} is the batch of {size}"
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.examples.axes import OutputAxes
 from sonde.hooks.examples.probe import PassingProbe, Probe, arguments_of, undisturbed
+from sonde.hooks.examples.rows import NUM_EXCHANGED
 from sonde.hooks.examples.small_runs import seen_by
 from sonde.hooks.gradients.factors.dense import Factor
 from sonde.hooks.gradients.factors.sums import joined
@@ -26,7 +27,7 @@ from sonde.hooks.gradients.rules.recurrent import backward_through_recurrent
 from sonde.hooks.gradients.uses.checkpoints import checkpoints_run_once
 from sonde.hooks.gradients.uses.parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from sonde.hooks.gradients.uses.stand_ins import HeldParameters
-from sonde.hooks.gradients.uses.traced_places import NUM_TRACED, TraceError, trace_of
+from sonde.hooks.gradients.uses.traced_places import TraceError, trace_of
 from sonde.hooks.losses.coupled import COUPLED
 from sonde.hooks.losses.float64_heads import FLOAT64
 from sonde.hooks.losses.per_example import Loss
@@ -286,7 +287,7 @@ class _Evaluation:
 
         The next batch of the same shape may have them in another order.
         """
-        number = min(examples.num_examples, NUM_TRACED + 1)
+        number = min(examples.num_examples, NUM_EXCHANGED + 1)
         if number < 2 or has_sharded_parameters(self._model):
             return {}
         args, kwargs = arguments_of(examples.first(number))

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.examples.axes import batch_axis, why_no_axis
+from sonde.hooks.examples.axes import why_no_axis
 from sonde.hooks.examples.probe import Probe, call, device_of, undisturbed
+from sonde.hooks.examples.rows import OutputPlace
 from sonde.hooks.examples.small_runs import SmallRun, run_small
 from sonde.hooks.model.layers import select_layers
 from sonde.hooks.model.random_states import RandomStates
@@ -44,7 +45,10 @@ class Activations(LayerMeasure):
     Feature maps are flattened: every layer is an examples × features matrix. A layer called again
     in one forward pass is recorded as `name#1`; of an output with several tensors each is recorded,
     as `name[0]`, `name[1]`, …. The axis of the examples need not be the first one: it is found by
-    running the model on fewer of them.
+    running the model on fewer of them. Where the first axis holds several rows of each example,
+    such as windows, heads or tokens, [n · k, …] or [k · n, …], an example's features are all its
+    rows; four more runs on three examples, once for each model, show which they are. Outputs whose
+    rows cannot be told apart are named with the reason.
 
     Args:
         source: The examples: a `Probe`, what one takes, or `TRAINING`.
@@ -81,7 +85,7 @@ class Activations(LayerMeasure):
         model = subject.model
         if model not in self._small:
             selected = select_layers(model, self.layers)
-            with undisturbed(model), torch.no_grad():
+            with undisturbed(model):
                 self._small[model] = self._run_small(model, self.probe, selected)
         return sum(self._small[model].kept_bytes(self.store, self.probe.num_examples).values())
 
@@ -94,7 +98,7 @@ class Activations(LayerMeasure):
         with undisturbed(model) as random_states, torch.no_grad():
             if shards is not None:
                 return self._record_sharded(model, probe, selected, shards, random_states)
-            if model not in self._small:
+            if model not in self._small or not self._small[model].is_settled:
                 self._small[model] = self._run_small(model, probe, selected)
             small = self._small[model]
             block = self.store.block if isinstance(self.store, Gram) else None
@@ -198,7 +202,7 @@ class _Outputs:
         self._room = Room(small.device)
         self._num_examples = num_examples
         self._small = small
-        self._axes: dict[str, int | None] = {}
+        self._places: dict[str, OutputPlace] = {}
         self._held: Pass = {}
         self._none = small.none
         self._accumulators: dict[str, Accumulator] = {}
@@ -287,9 +291,9 @@ class _Outputs:
         if tensor.is_nested:
             self.missing[name] = "its output is a nested tensor"
             return
-        axis = self._axis(name, tensor)
-        if axis is None:
-            self.missing[name] = why_no_axis(tensor.shape, self._size)
+        place = self._place(name, tensor)
+        if isinstance(place, str):
+            self.missing[name] = place
             self._accumulators.pop(name, None)
             return
         if not tensor.is_floating_point():
@@ -297,7 +301,7 @@ class _Outputs:
             return
         if name not in self._held:
             return  # It is the turn of others.
-        features = tensor.movedim(axis, 0)
+        features = place.features(tensor, self._size)
         if self._shapes[name] != list(features.shape[1:]):
             self.missing[name] = (
                 f"its output for an example changes in shape between batches: "
@@ -309,12 +313,15 @@ class _Outputs:
         self._accumulators[name].add(features, is_held=is_held)
         self._counts[name] += len(features) * is_held
 
-    def _axis(self, name: str, tensor: Tensor) -> int | None:
-        seen = self._small.seen(name)
-        if not seen:
-            return None
-        if name not in self._axes:
-            self._axes[name] = batch_axis(tensor.shape, self._size, *seen)
-        axis = self._axes[name]
-        is_batch = axis is not None and tensor.ndim > axis and tensor.shape[axis] == self._size
-        return axis if is_batch else None
+    def _place(self, name: str, tensor: Tensor) -> OutputPlace | str:
+        if not self._small.seen(name):
+            return why_no_axis(tensor.shape, self._size)
+        known = self._places.get(name)
+        if known is not None and known.holds(tensor.shape, self._size):
+            return known
+        place = self._small.place(name, tensor.shape, self._size)
+        if isinstance(place, OutputPlace):
+            if known is not None:
+                return why_no_axis(tensor.shape, self._size)
+            self._places[name] = place
+        return place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError
-from sonde.hooks.examples.axes import why_no_axis
+from sonde.hooks.examples.rows import OutputPlace
 from sonde.hooks.model import own_work
 from sonde.hooks.model.precision import full_precision
 from sonde.hooks.model.taps import is_recomputing, tapped, tensor_leaves
@@ -213,24 +213,27 @@ class LiveOutputs(Observation):
             self._missing[name] = f"its output is {kind}"
             return
         size = one.micro_batch.size
-        axis = self._step.axes.axis(name, tensor.shape, size)
-        if axis is None:
+        if size is None:
             self._missing[name] = (
                 f"it is not known how many examples its output {list(tensor.shape)} has"
-                if size is None
-                else why_no_axis(tensor.shape, size)
             )
             return
-        self._shapes[key] = list(tensor.movedim(axis, 0).shape[1:])
+        place = self._step.axes.place(name, tensor.shape, size)
+        if isinstance(place, str):
+            self._missing[name] = place
+            return
+        self._shapes[key] = place.feature_shape(tensor.shape)
         if self._of_gradients:
             self._expected[name] = None
             if tensor.requires_grad:
-                take = self._guarded(partial(self._take_gradient, one, key, axis))
+                take = self._guarded(partial(self._take_gradient, one, key, place, size))
                 tensor.register_hook(take)
         else:
-            self._add(one, key, tensor.movedim(axis, 0))
+            self._add(one, key, place.features(tensor, size))
 
-    def _take_gradient(self, one: Pass, key: _Key, axis: int, gradient: Tensor | None) -> None:
+    def _take_gradient(
+        self, one: Pass, key: _Key, place: OutputPlace, size: int, gradient: Tensor | None
+    ) -> None:
         # One of ours may pass what a layer made of parameters alone.
         if gradient is None or own_work.depth():
             return
@@ -238,7 +241,7 @@ class LiveOutputs(Observation):
             self._missing[key.name] = "gradients came back to it more than once in a step"
             return
         factor = one.micro_batch.factor()
-        features = gradient.detach().movedim(axis, 0)
+        features = place.features(gradient.detach(), size)
         if factor is not None:
             wide = features.dtype if features.dtype == torch.float64 else torch.float32
             features = features.to(wide) * factor

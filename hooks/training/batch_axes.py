@@ -1,23 +1,25 @@
 """Batch axes: which axis of a layer's output holds the examples.
 
 An axis may have the size of the batch by chance, such as the time steps. So the model is run once
-on fewer examples; the batch axis is the one that has become as short.
+on fewer examples; the batch axis is the one that has become as short. Where the first axis holds
+several rows of each example, such as windows, a few more runs show whose they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sonde.hooks.examples.axes import batch_axis
 from sonde.hooks.examples.probe import device_of, undisturbed
+from sonde.hooks.examples.rows import FewExamples, OutputPlace
+from sonde.hooks.examples.small_runs import SmallRun, look_at_rows, run_few
 from sonde.hooks.model.precision import as_outside
 from sonde.hooks.model.ranks import has_sharded_parameters
 from sonde.hooks.model.state import MadeParametersError
-from sonde.hooks.model.taps import map_tensors, tapped, tensor_leaves
+from sonde.hooks.model.taps import tensor_leaves
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 
@@ -35,9 +37,9 @@ class BatchAxes:
 
     def __init__(self, batch_dim: int = 0) -> None:
         self.batch_dim = batch_dim
-        self._small_size = 0
-        self._small_shapes: dict[str, tuple[int, ...]] = {}
-        self._axes: dict[str, int] = {}  # As batches larger than the small one have shown.
+        self._small: SmallRun | None = None
+        self._shapes: Hashable = None  # Those of what the model was called with then.
+        self._places: dict[str, OutputPlace] = {}  # As batches larger than the small one showed.
         self._layers: dict[str, nn.Module] = {}
         self.problem: str | None = None
 
@@ -45,7 +47,7 @@ class BatchAxes:
         """Look at these layers, too."""
         if not layers.items() <= self._layers.items():
             self._layers.update(layers)
-            self._small_size = 0
+            self._small = None
 
     def size_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """Return the number of examples in the model's arguments."""
@@ -56,7 +58,7 @@ class BatchAxes:
 
     def give_up(self, problem: str) -> None:
         """Do not look, for a reason."""
-        if not self._small_size:
+        if self._small is None:
             self.problem = problem
 
     def look(
@@ -64,59 +66,84 @@ class BatchAxes:
     ) -> None:
         """Run the model on the first examples of a batch, unless that was done before.
 
+        It is done again where outputs have several rows of each example, and this batch may show
+        what another one has not: their number, or whose they are.
+
         Where this is not possible, `problem` says why, and only axis 0 can be the batch.
         """
-        if self._small_size or self.problem or not size or size < 2:
+        if self.problem or not size or size < 2:
             return
+        before = self._small
+        shapes = self._shapes_of((args, kwargs), size)
+        if before is not None and before.is_settled:
+            if not before.rows or shapes == self._shapes:
+                return
+        problem = None
         if has_sharded_parameters(model):
             # Another rank may have another number of examples, and not run the model now.
-            self.problem = "running a sharded model needs all ranks"
+            problem = "running a sharded model needs all ranks"
+        elif not all(is_plain(value) for value in (*args, *kwargs.values())):
+            problem = "its arguments contain objects that a second pass might change"
+        if problem is not None:
+            self.problem = problem if before is None else None
             return
-        if not all(is_plain(value) for value in (*args, *kwargs.values())):
-            self.problem = "its arguments contain objects that a second pass might change"
-            return
-        self._small_size = 2 if size > 2 else 1
-        rows = self._small_size
-
-        def shorten(tensor: Tensor) -> Tensor:
-            dim = self.batch_dim
-            if tensor.ndim > dim and tensor.shape[dim] == size:
-                tensor = tensor.narrow(dim, 0, rows)
-            return tensor.detach().clone()
-
-        def on_call(name: str, _: nn.Module, __: Any, output: Any) -> None:
-            for suffix, tensor in tensor_leaves(output):
-                self._small_shapes[f"{name}{suffix}"] = tuple(tensor.shape)
-
+        few = FewExamples((args, kwargs), lambda tensor: self._axis_of(tensor, size))
+        number = 2 if size > 2 else 1
         autocast = as_outside(device_of(model).type)
         try:
-            with (
-                undisturbed(model),
-                torch.no_grad(),
-                autocast,
-                tapped(self._layers, on_call),
-            ):
-                model(*map_tensors(args, shorten), **map_tensors(kwargs, shorten))
+            with undisturbed(model), autocast:
+                self._small = _looked(model, few, number, self._layers)
+            self._shapes = shapes
         except MadeParametersError:
-            self._small_size = 0  # A later pass can be looked at.
-            self._small_shapes.clear()
+            pass  # A later pass can be looked at.
         except Exception as error:
-            self.problem = f"it fails on {rows} examples: {type(error).__name__}: {error}"
-            self._small_shapes.clear()
+            if before is None:
+                self.problem = f"it fails on {number} examples: {type(error).__name__}: {error}"
 
-    def axis(self, name: str, shape: Sequence[int], size: int | None) -> int | None:
-        """Return the batch axis of an output of a layer's call; None if there is none."""
-        if size is None:
-            return None
-        known = self._axes.get(name)
-        if size == self._small_size and known is not None:
-            return known if known < len(shape) and shape[known] == size else None
-        small = self._small_shapes.get(name)
-        seen = [] if small is None else [(self._small_size, small)]
-        axis = batch_axis(shape, size, *seen)
-        if axis is not None and size != self._small_size:
-            self._axes[name] = axis
-        return axis
+    def place(self, name: str, shape: Sequence[int], size: int) -> OutputPlace | str:
+        """Return where the examples are in an output of a layer's call, or why that is not known.
+
+        Args:
+            name: The name of the output.
+            shape: Its shape for `size` examples.
+            size: The number of examples.
+        """
+        small = self._small
+        known = self._places.get(name)
+        is_small = small is not None and size == small.num_examples
+        if is_small and known is not None and known.holds(shape, size):
+            return known
+        place = (small or SmallRun(0)).place(name, shape, size)
+        if isinstance(place, OutputPlace) and not is_small:
+            self._places[name] = place
+        return place
+
+    def _axis_of(self, tensor: Tensor, size: int) -> int | None:
+        dim = self.batch_dim
+        return dim if tensor.ndim > dim and tensor.shape[dim] == size else None
+
+    def _shapes_of(self, given: Any, size: int) -> Hashable:
+        """Return the shapes of an example in what a model is called with."""
+        found = []
+        for path, tensor in tensor_leaves(given):
+            shape, axis = list(tensor.shape), self._axis_of(tensor, size)
+            if axis is not None:
+                shape[axis] = -1
+            found.append((path, *shape))
+        return tuple(found)
+
+
+def _looked(
+    model: nn.Module, few: FewExamples, number: int, layers: Mapping[str, nn.Module]
+) -> SmallRun:
+    def run_on(given: Any) -> Any:
+        args, kwargs = given
+        return model(*args, **kwargs)
+
+    run = run_few(run_on, few, number, layers, device_of(model))
+    if run.doubtful():
+        look_at_rows(run, run_on, few, layers)
+    return run
 
 
 def is_plain(value: Any) -> bool:

@@ -19,6 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from sonde.hooks.examples.probe import undisturbed
+from sonde.hooks.examples.rows import (
+    NUM_EXCHANGED,
+    RowOrder,
+    changed_entries,
+    changed_examples,
+    unlike,
+)
 from sonde.hooks.gradients.rules.places import Place, reason_of
 from sonde.hooks.model.precision import as_outside
 from sonde.hooks.model.state import MadeParametersError
@@ -53,13 +60,8 @@ class Trace:
         return are_clear and not self.num_reorderings
 
 
-# How many examples are exchanged, in turn; how many are looked at for one that is unlike another;
-# and of how many kinds of batches places are kept.
-NUM_TRACED = 3
-_NUM_COMPARED = 16
+# Of how many kinds of batches places are kept.
 _NUM_KEPT = 64
-# A row has changed if it did by this part of what the most changed one did: rounding may differ.
-_CHANGED = 1e-4
 
 
 class TraceError(Exception):
@@ -164,7 +166,7 @@ def _trace(
     held = [tensor for _, tensor in tensor_leaves(given) if _is_held(tensor, size, batch_dim)]
     if not held:
         raise TraceError(f"nothing it is called with has the {size} examples along one axis")
-    few = min(size, NUM_TRACED)
+    few = min(size, NUM_EXCHANGED)
     stand_ins = [_unlike(held, example, batch_dim) for example in range(few)]
     autocast = as_outside(held[0].device.type)
 
@@ -223,19 +225,17 @@ def _unlike(held: Sequence[Tensor], example: int, batch_dim: int) -> int:
     Raises:
         NotYetError: If a few of them are no others; most batches have no two that are alike.
     """
-    size = held[0].shape[batch_dim]
-    for other in reversed(range(max(0, size - _NUM_COMPARED), size)):
-        pairs = [(t.select(batch_dim, example), t.select(batch_dim, other)) for t in held]
-        if not all(torch.equal(one, another) for one, another in pairs):
-            return other
-    raise NotYetError("its examples are alike")
+    other = unlike([(tensor.detach(), batch_dim) for tensor in held], example)
+    if other is None:
+        raise NotYetError("its examples are alike")
+    return other
 
 
 def _few(tensor: Tensor, size: int, batch_dim: int) -> Tensor:
     """Return the first examples, where a tensor holds them."""
     if not _is_held(tensor, size, batch_dim):
         return tensor.detach()
-    return tensor.detach().narrow(batch_dim, 0, min(size, NUM_TRACED))
+    return tensor.detach().narrow(batch_dim, 0, min(size, NUM_EXCHANGED))
 
 
 def _is_held(tensor: Tensor, size: int, batch_dim: int) -> bool:
@@ -290,27 +290,16 @@ def _fitting(
         # place for them in each run, they may just have other lengths.
         places = set(use.places).intersection(*(other.places for other in (*uses, *others)))
         return places if others and len(places) == 1 else set()
-    changed = _changed(use.output, others[at].output)
+    changed = changed_entries(use.output, others[at].output)
     return {place for place in use.places if _fits(place, changed, exchanged, num)}
-
-
-def _changed(base: Tensor, other: Tensor) -> Tensor:
-    """Return which entries along the first two axes have changed, [rows, columns]."""
-    difference = (base - other).abs().double().nan_to_num()
-    if not difference.numel():
-        return torch.zeros(*base.shape[:1], 1, dtype=torch.bool)
-    rows = difference.reshape(*base.shape[:2], -1) if base.ndim > 1 else difference[:, None, None]
-    largest = rows.amax(2)
-    return largest > _CHANGED * largest.max()
 
 
 def _fits(place: Place, changed: Tensor, exchanged: Collection[int], num: int) -> bool:
     """Tell whether only entries changed that are exchanged examples' at a place."""
-    by_example = changed.any(1)
     if place is Place.SECOND:
-        by_example = changed.any(0)
-    elif place is Place.INNER:
-        by_example = by_example.unflatten(0, (-1, num)).any(0)
-    elif place is Place.OUTER:
-        by_example = by_example.unflatten(0, (num, -1)).any(1)
-    return set(by_example.nonzero().flatten().tolist()) <= set(exchanged)
+        found = set(changed.any(0).nonzero().flatten().tolist())
+    else:
+        # Of one row for each example both orders are the same.
+        order = RowOrder.IN_TURN if place is Place.INNER else RowOrder.TOGETHER
+        found = changed_examples(changed.any(1), num, order)
+    return found <= set(exchanged)

@@ -82,12 +82,14 @@ class Awkward(nn.Module):
         self.lstm = nn.LSTM(4, 3, batch_first=True)
         self.never = nn.Linear(4, 4)
         self.folded = nn.Identity()
+        self.mean = nn.Identity()
         self.indices = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(x))
         out, _ = self.lstm(x[:, None])
         self.folded(x.reshape(2 * len(x), 2))
+        self.mean(x.mean(0))
         self.indices(x.argmax(1))
         return torch.as_tensor(out[:, 0])
 
@@ -97,10 +99,11 @@ def test_every_selected_layer_is_recorded_or_has_a_reason(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="activations of 'probe' lacks"):
         run = record(tmp_path, Awkward(), sonde.Activations(probe))
     # The states of an LSTM have the examples in axis 1.
-    assert run.layers == ["twice", "twice#1", "lstm[0]", "lstm[1][0]", "lstm[1][1]"]
+    states = ["lstm[1][0]", "lstm[1][1]"]
+    assert run.layers == ["twice", "twice#1", "lstm[0]", *states, "folded"]
     reasons = {note["name"]: note["reason"] for note in run.notes if note["event"] == "missing"}
     assert reasons == {
-        "folded": "no axis of its output [10, 2] is the batch of 5",
+        "mean": "no axis of its output [4] is the batch of 5",
         "indices": "its output is torch.int64, not floating point",
         "never": "it was never called in the forward pass",
     }
