@@ -239,7 +239,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, place: str, turn: int) ->
     """Let one call of a function raise MemoryError."""
     turns = itertools.count()
     module, *names = place.split(".")
-    home: Any = import_module(f"sonde.log.{module}")  # a module
+    home: Any = import_module(f"sonde.log.writing.{module}")  # a module
     original = getattr(np if names[0] == "np" else home, names[-1])
 
     def call(*args: Any, **kwargs: Any) -> Any:  # whatever the original takes and returns

@@ -77,7 +77,7 @@ def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return pwritev(fd, [first[: size // 2 + 3]], offset)
 
     for module in ("scan", "segment_file", "segment_records"):
-        monkeypatch.setattr(f"sonde.log.{module}._CHUNK_BYTES", size)
+        monkeypatch.setattr(f"sonde.log.reading.{module}._CHUNK_BYTES", size)
     monkeypatch.setattr("sonde.log.sealing.segment_writer._BATCH_BYTES", size)
     monkeypatch.setattr("sonde.log.format.positioned._MAX_BUFFERS", 3)
     monkeypatch.setattr(os, "pread", read_some)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sonde
 from sonde.log import LogWriter, MeasureLog
+from tests.machine import needs_bfloat16_lstm
 
 from . import checker
 from .cases import Setup, drawn, make_setup, named, pairs
@@ -186,6 +187,8 @@ def wrong_training(setup: Setup, trained: Trained, tolerance: float) -> Iterator
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_gradients_of_a_training(case: tuple[str, ...], tmp_path: Path) -> None:
     model, loss, data, way, store, tells = case
+    if model == "lstm" and way == "in bfloat16":
+        needs_bfloat16_lstm()
     setup = make_setup(model, loss, data, num=2 * 8)
     trained = train(tmp_path / "run", setup, way, STORES[store], tells_loss=tells == "told")
     tolerance = TOLERANCES.get(way, checker.TOLERANCE)

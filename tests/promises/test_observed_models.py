@@ -138,6 +138,7 @@ def test_a_compiled_model_is_recorded_and_keeps_its_graph(tmp_path: Path) -> Non
 
 
 def test_a_compiled_model_is_compiled_once(tmp_path: Path) -> None:
+    torch._dynamo.reset()  # Other tests may have used up what it compiles of one function.
     model, data = Net().eval(), batches(6)
     counter = CompileCounter()
     compiled = cast("nn.Module", torch.compile(model, backend=counter))
