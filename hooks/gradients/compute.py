@@ -173,24 +173,21 @@ class _Evaluation:
 
     def run(self, parameters: list[OwnedParameter]) -> ExampleGradientResult:
         """Compute the gradients of some parameters."""
-        result = ExampleGradientResult()
         trained = []
+        coverage: dict[str, str] = {}
         for parameter in parameters:
             if parameter.excluded is None:
                 trained.append(parameter)
             else:
-                result.coverage.update(dict.fromkeys(parameter.names, parameter.excluded))
+                coverage.update(dict.fromkeys(parameter.names, parameter.excluded))
         kept = self._kept_of(trained)
         while kept.added & self._unsupported.keys():
             # What turned out only in a later batch is in the sums already.
             kept = self._kept_of(trained)
         for parameter in trained:
-            result.coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
+            coverage.update(dict.fromkeys(parameter.names, self._coverage(parameter)))
         kept.sort(trained)
-        result.total, result.layers, result.parameters = kept.total(), kept.layers, kept.parameters
-        result.norms, result.layer_norms = kept.norms()
-        result.head, result.saturated = self._head, self._are_saturated()
-        return result
+        return kept.result(coverage, self._head, self._are_saturated())
 
     def _are_saturated(self) -> Tensor | None:
         """Return which of the first examples are saturated, if that is known of each."""

@@ -14,6 +14,8 @@ from sonde.hooks.stores.host_copies import empty_on_host, start_copy, wait_for_c
 from sonde.hooks.stores.row_products import row_squares
 from sonde.hooks.stores.stores import Full, Sketch
 
+from .result import ExampleGradientResult
+
 
 def reduced_rows(store: Sketch | Full, name: str, factor: Factor) -> tuple[Tensor, Tensor]:
     """Reduce gradients to what a store keeps of them.
@@ -122,7 +124,29 @@ class KeptGradients:
         names = [parameter.name for parameter in parameters if parameter.name in self.parameters]
         self.parameters = {name: self.parameters[name] for name in names}
 
-    def total(self) -> Tensor | None:
+    def result(
+        self, coverage: dict[str, str], head: str, saturated: Tensor | None
+    ) -> ExampleGradientResult:
+        """Return what is kept as a result.
+
+        Args:
+            coverage: How each parameter is covered.
+            head: The precision of the losses.
+            saturated: The examples that float32 rounds at the head, if that is known.
+        """
+        norms, layer_norms = self._norms()
+        return ExampleGradientResult(
+            self._total(),
+            self.layers,
+            self.parameters,
+            norms,
+            layer_norms,
+            coverage,
+            head,
+            saturated,
+        )
+
+    def _total(self) -> Tensor | None:
         """Return the sum over all layers."""
         if not self.layers:
             return None
@@ -132,7 +156,7 @@ class KeptGradients:
             total += values
         return total
 
-    def norms(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _norms(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the norm of each example's gradient, in all and of each layer, float64."""
         squares = self._squares or {name: of.diagonal() for name, of in self.layers.items()}
         total = sum(squares.values(), torch.zeros(self._num_examples, device="cpu"))

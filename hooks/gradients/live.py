@@ -30,7 +30,6 @@ from sonde.hooks.model.precision import full_precision
 from sonde.hooks.model.ranks import has_sharded_parameters
 from sonde.hooks.model.taps import add_hook, is_recomputing
 from sonde.hooks.record import Observation, Recording
-from sonde.hooks.stores.log_arrays import to_log_array
 from sonde.hooks.stores.stores import Full, Gram, Sketch
 from sonde.hooks.training.examples_in_band import (
     describe_examples,
@@ -40,15 +39,13 @@ from sonde.hooks.training.examples_in_band import (
 )
 from sonde.hooks.training.micro_batches import MicroBatch
 from sonde.hooks.training.source import TrainingStep
-from sonde.log import LogArray
 
 from .batch import add_operation, root_of
 from .kept import KeptGradients, reduced_rows
 from .live_parts import Gradients, Held, Seen
 from .live_saturation import OWN, LiveSaturation, saturation_warnings
+from .recorded import dtype_of, gradient_arrays
 from .sum_checks import SumChecks
-
-ToArrays = Callable[[KeptGradients], list[LogArray]]
 
 
 class LiveGradients(Observation):
@@ -60,7 +57,7 @@ class LiveGradients(Observation):
         parameters: The parameters.
         store: The form kept.
         memory: How many bytes may be held for micro-batches to come.
-        to_arrays: Makes the arrays of a record of what is kept.
+        per_layer: Record each layer's matrix and norms too, not only those of the sum.
     """
 
     def __init__(
@@ -70,7 +67,8 @@ class LiveGradients(Observation):
         parameters: Sequence[OwnedParameter],
         store: Gram | Sketch | Full,
         memory: int,
-        to_arrays: ToArrays,
+        *,
+        per_layer: bool,
     ) -> None:
         self._step = step
         self._model = model
@@ -80,7 +78,7 @@ class LiveGradients(Observation):
         self._excluded = {p: p.excluded for p in parameters if p.excluded is not None}
         self._store = store
         self._free_bytes = memory
-        self._to_arrays = to_arrays
+        self._per_layer = per_layer
         self._gradients: dict[nn.Parameter, Gradients] = defaultdict(Gradients)
         self._pending: dict[nn.Parameter, list[Seen]] = defaultdict(list)
         self._checks = SumChecks()
@@ -137,18 +135,17 @@ class LiveGradients(Observation):
             verdict = "exact" if reason is None else f"{UNSUPPORTED}{reason}"
             coverage.update(dict.fromkeys(parameter.names, verdict))
         examples, attributes = describe_examples(micro_batches, of_gradients=True)
-        saturated = self._saturation.of(micro_batches)
+        result = kept.result(coverage, OWN, self._saturation.of(micro_batches))
         attributes |= self._attributes()
-        attributes |= head_attributes(OWN, saturated, kept.norms()[0])
-        arrays = self._to_arrays(kept)
-        if saturated is not None:
-            examples.append(to_log_array(saturated, "is_saturated", ("example",)))
+        attributes |= head_attributes(OWN, result.saturated, result.norms)
+        dtype = dtype_of(self._model)
+        arrays = gradient_arrays(result, self._store, dtype, per_layer=self._per_layer)
         return Recording(
             [*examples, *arrays] if arrays else [],
             attributes,
             missing | left_out(self._step)[1],
             {"coverage": {"parameters": coverage}},
-            saturation_warnings(saturated),
+            saturation_warnings(result.saturated),
         )
 
     def _attributes(self) -> dict[str, Any]:
@@ -352,8 +349,7 @@ class LiveGradients(Observation):
                 )
             products = joined(factors).gram() if factors else held[0].values
             assert products is not None
-            scaled = products * scales[:, None] * scales
-            kept.add_products(parameter, scaled)
+            kept.add_products(parameter, products * scales[:, None] * scales)
             return None
         start = 0
         for one in held:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sonde.exceptions import InvalidInputError
 from sonde.hooks.examples.probe import Probe
 from sonde.hooks.gradients.compute import check_store, example_gradients
-from sonde.hooks.gradients.kept import KeptGradients
 from sonde.hooks.gradients.live import LiveGradients
+from sonde.hooks.gradients.recorded import dtype_of, gradient_arrays
 from sonde.hooks.gradients.uses.parameters import UNSUPPORTED, OwnedParameter, owned_parameters
 from sonde.hooks.losses.per_example import Loss
 from sonde.hooks.losses.saturation import head_attributes
 from sonde.hooks.model.layers import Selector, select_layers
 from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
-from sonde.hooks.stores.log_arrays import to_log_array
-from sonde.hooks.stores.row_products import are_outside
-from sonde.hooks.stores.stores import Full, Sketch, Store
+from sonde.hooks.stores.stores import Full, Store
 from sonde.hooks.training.source import Training, TrainingStep
-from sonde.log import LogArray
 
 from .layer_measure import LayerMeasure
 
@@ -132,7 +128,7 @@ class ExampleGradients(LayerMeasure):
             return None
         n = self.probe.num_examples
         trained = [p for p in self._parameters(subject.model) if p.tensor.requires_grad]
-        dtype = _dtype_of(subject.model)
+        dtype = dtype_of(subject.model)
         if isinstance(self._kept_by, Full):
             kept_dtype = self._kept_by.dtype or dtype
             kept = n * sum(p.tensor.numel() for p in trained) * kept_dtype.itemsize
@@ -164,78 +160,18 @@ class ExampleGradients(LayerMeasure):
         }
         if not result.layer_norms:
             raise InvalidInputError(f"no parameter has per-example gradients: {missing}")
-        arrays = self._arrays(
-            _dtype_of(subject.model),
-            result.layers,
-            result.parameters,
-            result.norms,
-            result.layer_norms,
-        )
         head = head_attributes(result.head, result.saturated, result.norms)
-        if result.saturated is not None:
-            arrays.append(to_log_array(result.saturated, "is_saturated", ("example",)))
-        coverage = {"parameters": result.coverage}
-        return Recording(arrays, head, missing, {"coverage": coverage})
+        dtype = dtype_of(subject.model)
+        arrays = gradient_arrays(result, self._kept_by, dtype, per_layer=self.per_layer)
+        return Recording(arrays, head, missing, {"coverage": {"parameters": result.coverage}})
 
     def observe(self, subject: Subject, step: TrainingStep) -> LiveGradients:
         """Begin to take the gradients of the training's next passes."""
-        dtype = _dtype_of(subject.model)
-
-        def to_arrays(kept: KeptGradients) -> list[LogArray]:
-            norms, layer_norms = kept.norms()
-            if not layer_norms:
-                return []
-            return self._arrays(dtype, kept.layers, kept.parameters, norms, layer_norms)
-
         parameters = self._parameters(subject.model)
-        return LiveGradients(step, subject.model, parameters, self._kept_by, self.memory, to_arrays)
+        return LiveGradients(
+            step, subject.model, parameters, self._kept_by, self.memory, per_layer=self.per_layer
+        )
 
     def _parameters(self, model: nn.Module) -> list[OwnedParameter]:
         selected = None if self.layers is None else select_layers(model, self.layers)
         return owned_parameters(model, selected)
-
-    def _arrays(
-        self,
-        dtype: torch.dtype,
-        layers: Mapping[str, Tensor],
-        parameters: Mapping[str, Tensor],
-        norms: Tensor,
-        layer_norms: Mapping[str, Tensor],
-    ) -> list[LogArray]:
-        """Return the arrays of a record."""
-        arrays = []
-        if layers:
-            is_sketch = isinstance(self._kept_by, Sketch)
-            kind = "sketch" if is_sketch else "gram"
-            dims = ("example", "sketch" if is_sketch else "other_example")
-            total = torch.stack(list(layers.values())).sum(0)
-            found: dict[str | None, Tensor] = {None: total}
-            if self.per_layer:
-                found.update(layers)
-            for layer, values in found.items():
-                kept = values.to(dtype if is_sketch else _dtype_of_products(values, dtype))
-                field = kind if layer is not None else f"{kind}_total"
-                arrays.append(to_log_array(kept, field, dims, layer))
-        for name, values in parameters.items():
-            rows = values.flatten(1)
-            dims = ("example", f"feature_{rows.shape[1]}")
-            arrays.append(to_log_array(rows, "full", dims, name))
-        arrays.append(to_log_array(norms, "norm_total", ("example",)))
-        if self.per_layer:
-            arrays += [
-                to_log_array(values, "norm", ("example",), layer)
-                for layer, values in layer_norms.items()
-            ]
-        return arrays
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Keep float64 for a float64 model, else float32."""
-    is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    return torch.float64 if is_double else torch.float32
-
-
-def _dtype_of_products(gram: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Keep float64 for inner products that float32 would not hold, as of very small gradients."""
-    squares = gram.diagonal()
-    return torch.float64 if bool((are_outside(squares) & (squares != 0)).any()) else dtype
