@@ -159,8 +159,10 @@ class KeptGradients:
     def _norms(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the norm of each example's gradient, in all and of each layer, float64."""
         squares = self._squares or {name: of.diagonal() for name, of in self.layers.items()}
-        total = sum(squares.values(), torch.zeros(self._num_examples, device="cpu"))
-        return _root(total), {name: _root(of_layer) for name, of_layer in squares.items()}
+        if not squares:
+            return torch.zeros(self._num_examples, dtype=torch.float64, device="cpu"), {}
+        each = torch.stack(list(squares.values())).double()
+        return _root(each.sum(0)), dict(zip(squares, _root(each), strict=True))
 
 
 def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
@@ -169,4 +171,4 @@ def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
 
 def _root(squares: Tensor) -> Tensor:
     # Products of float32 may leave a square of nearly nothing below zero.
-    return squares.double().clamp(min=0).sqrt()
+    return squares.clamp(min=0).sqrt()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sonde.hooks.model.walks import parameters_of
 from sonde.hooks.stores.log_arrays import to_log_array
-from sonde.hooks.stores.row_products import are_outside
+from sonde.hooks.stores.row_products import are_inside, are_outside
 from sonde.hooks.stores.stores import Full, Gram, Sketch
 from sonde.log import LogArray
 
@@ -62,11 +63,13 @@ def gradient_arrays(
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the type of what is recorded of a model: float64 if it has some, else float32."""
-    is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    is_double = any(parameter.dtype == torch.float64 for parameter in parameters_of(model))
     return torch.float64 if is_double else torch.float32
 
 
 def _dtype_of_products(gram: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Keep float64 for inner products that float32 would not hold, as of very small gradients."""
     squares = gram.diagonal()
+    if are_inside(squares):
+        return dtype
     return torch.float64 if bool((are_outside(squares) & (squares != 0)).any()) else dtype

@@ -97,12 +97,14 @@ class ClassLoss:
         """
         if targets.ndim == 1 and self.weight is None and self.reduction == "mean":
             is_counted = targets != self.ignore_index
-            classes = targets.where(is_counted, 0)
+            # What takes a few operations less; to ask a GPU would wait for it.
+            are_all = targets.is_cpu and bool(is_counted.all())
+            classes = targets if are_all else targets.where(is_counted, 0)
             if self.label_smoothing or logits.dtype != torch.float64:
                 losses = self._each(logits, classes)
             else:
-                losses = _FromOthers.apply(logits, classes[:, None])[:, 0]
-            return losses.where(is_counted, math.nan)
+                losses = _FromOthers.apply(logits, classes)
+            return losses if are_all else losses.where(is_counted, math.nan)
         losses = self.of_positions(logits, targets)
         total = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
         if self.reduction == "sum":
@@ -112,22 +114,24 @@ class ClassLoss:
 
 
 class _FromOthers(torch.autograd.Function):
-    """Cross entropy, [examples, 1], of few operations, as those of a small model take no longer.
+    """Cross entropy, [examples], of few operations, as those of a small model take no longer.
 
     Its own value is rounded to 1e-16, so it is for float64 only.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, at: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, classes: Tensor) -> Tensor:
         logs = logits.log_softmax(1)
-        ctx.save_for_backward(logs, at)
-        return -logs.gather(1, at)
+        ctx.save_for_backward(logs, classes)
+        return F.nll_loss(logs, classes, reduction="none")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        logs, at = ctx.saved_tensors
+        logs, classes = ctx.saved_tensors
+        at = classes[:, None]
         shares = logs.exp().scatter_(1, at, 0)
-        return shares.scatter_(1, at, -shares.sum(1, keepdim=True)).mul_(gradients[0]), None
+        shares = shares.scatter_(1, at, shares.sum(1, keepdim=True).neg_())
+        return shares.mul_(gradients[0][:, None]), None
 
 
 _PLAIN = ClassLoss()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -44,7 +44,18 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UnsupportedModelError: If the model runs without calling its modules.
     """
-    return dict(_walk(unwrap(model), "", set()))
+    found: dict[nn.Module, str] = {}
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        module = unwrap(module)
+        if module in found:
+            continue
+        found[module] = name
+        start = f"{name}." if name else ""
+        children = [(start + own, child) for own, child in module._modules.items()]
+        waiting += [(name, child) for name, child in reversed(children) if child is not None]
+    return {name: module for module, name in found.items()}
 
 
 def select_layers(
@@ -100,16 +111,6 @@ def _inner(model: nn.Module) -> nn.Module | None:
         inner = model.module
         return inner
     return None
-
-
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    module = unwrap(module)
-    if module in seen:
-        return
-    seen.add(module)
-    yield name, module
-    for child_name, child in module.named_children():
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _leaves(layers: Mapping[str, nn.Module]) -> set[str]:

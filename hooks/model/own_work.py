@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .walks import modules_of, parameters_of
+
 
 class _Thread(threading.local):
     depth = 0
@@ -45,8 +47,7 @@ within = _Within()
 
 def parts_of(model: nn.Module) -> frozenset[int]:
     """Return the identities of a model's modules and parameters, which hold while it lives."""
-    modules = {id(module) for module in model.modules()}
-    return frozenset(modules.union(id(parameter) for parameter in model.parameters()))
+    return frozenset(map(id, (*modules_of(model), *parameters_of(model))))
 
 
 @contextmanager

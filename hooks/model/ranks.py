@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from sonde.exceptions import InvalidInputError, MismatchError
 
+from .walks import modules_of
+
 _Said = TypeVar("_Said")
 
 
@@ -259,7 +261,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # Not imported: not used.
     if fsdp is None or not is_distributed():
         return []
-    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return [module for module in modules_of(model) if isinstance(module, fsdp.FSDPModule)]
 
 
 def _groups_of(module: Any) -> list[Any]:

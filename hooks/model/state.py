@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,19 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sonde.exceptions import SondeError, SondeWarning
 
 from .kept_tensors import KeptTensor, can_be_kept, fingerprint
 from .ranks import has_sharded_parameters
+from .walks import modules_of
 
 _Generator: TypeAlias = torch.Generator | np.random.Generator | random.Random
 
+
+class _Tensors:
+    """A set of tensors that are somewhere else."""
+
+    # Each is looked for in every pass: WeakTensorKeyDictionary takes ten times as long for that.
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Tensor]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        key = id(tensor)
+        self._references[key] = weakref.ref(tensor, lambda _: self.discard(key))
+
+    def discard(self, key: int) -> None:
+        self._references.pop(key, None)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        reference = self._references.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+
 # Tensors beside buffers that a pass has changed: they are copied before each pass.
-_changing = WeakTensorKeyDictionary()
+_changing = _Tensors()
 # Tensors that a pass has left as they were: of them only the version is looked at again.
-_steady = WeakTensorKeyDictionary()
+_steady = _Tensors()
 # So many bytes of tensors that no pass has been seen to leave alone are copied before it. Of larger
 # models only a sum over the others is kept, so that a first pass does not double their memory.
 _FIRST_COPY_BYTES = 64 << 20
@@ -69,12 +91,15 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        modules = modules_of(model)
         # A ScriptModule binds nothing new to a name, and a lazy one becomes another for good.
         others = (torch.jit.ScriptModule, LazyModuleMixin)
         self._modes = {module: module.training for module in modules}
         self._names = {m: dict(vars(m)) for m in modules if not isinstance(m, others)}
-        self._tables = {m: [dict(vars(m)[name]) for name in _OWN_TABLES] for m in self._names}
+        self._tables = {
+            m: [dict(names[name]) if names[name] else _EMPTY for name in _OWN_TABLES]
+            for m, names in self._names.items()
+        }
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[_Generator, Any]] = []
         self._tensors: dict[Tensor, tuple[nn.Module, str]] = {}
@@ -126,9 +151,9 @@ class ModelState:
         with torch.no_grad():
             for tensor, kept in self._kept.items():
                 if kept.restore() and tensor in self._tensors:
-                    _changing[tensor] = True
+                    _changing.add(tensor)
                 elif tensor in self._tensors and tensor not in _changing:
-                    _steady[tensor] = True
+                    _steady.add(tensor)
         self._warn_of_changed()  # Last, as it may raise.
         return made
 
@@ -185,10 +210,10 @@ class ModelState:
             is_same = mark is None or bool(fingerprint(tensor) == mark)
             if is_same and _version_of(tensor) == version:
                 if mark is not None:
-                    _steady[tensor] = True
+                    _steady.add(tensor)
                 continue
-            _changing[tensor] = True
-            _steady.pop(tensor, None)
+            _changing.add(tensor)
+            _steady.discard(id(tensor))
             warnings.warn(
                 f"sonde: the forward pass modifies `{name}` of {type(module).__name__} in place "
                 "even in eval mode. This change could not be undone; from now on sonde restores "

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sonde.hooks.measures.base import Measure
 from sonde.hooks.model.own_work import evaluating
 from sonde.hooks.model.state import MadeParametersError
+from sonde.hooks.model.walks import parameters_of
 from sonde.hooks.record import Recording, Subject
 from sonde.hooks.schedule import Schedule
 from sonde.hooks.training.optimizer_steps import weights_seen
@@ -201,7 +202,7 @@ class DueMeasures:
         if self._is_stopped or self._taken_at.get(measure) == step:
             return
         self._log.state_start()
-        if any(isinstance(p, nn.UninitializedParameter) for p in self._subject.model.parameters()):
+        if any(map(is_lazy, parameters_of(self._subject.model))):
             # A probe would be the first to run the model, and decide its initial weights.
             reason = "lazy layers have no parameters before the training's first forward pass"
             self._miss(measure, step, reason)

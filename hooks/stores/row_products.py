@@ -25,10 +25,10 @@ def are_outside(squares: Tensor) -> Tensor:
 
 def are_inside(squares: Tensor) -> bool:
     """Return whether all squares lie well within float32's range."""
-    if not len(squares):
+    if not squares.numel():
         return True
     smallest, largest = squares.aminmax()
-    return float(smallest) >= SMALLEST and float(largest) <= LARGEST
+    return smallest.item() >= SMALLEST and largest.item() <= LARGEST
 
 
 def are_nonzero(values: Tensor) -> Tensor:

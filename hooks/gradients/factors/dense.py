@@ -98,25 +98,31 @@ class Factor(ABC):
         return products
 
     @abstractmethod
-    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+    def products_and_terms(self) -> tuple[Tensor, Tensor | None]:
         """Return the inner products of the gradients, computed in their own type.
 
         Returns:
             The inner products, float64 [n, n]; and for each gradient the sum of the squared norms
-            of what the products add up, float64 [n], its own square where it was formed. Both are
-            on the CPU.
+            of what the products add up, float64 [n], None where that is its own square, as of one
+            that was formed. Both are on the CPU.
         """
 
     @abstractmethod
     def are_nonzero(self) -> Tensor:
         """Return which gradients may be other than zero, bool [n]."""
 
-    def _loses_digits(self, squares: Tensor, terms: Tensor) -> bool:
+    def _loses_digits(self, squares: Tensor, terms: Tensor | None) -> bool:
         """Return whether float32 loses digits of a gradient that is not zero."""
-        are_kept = terms <= _CANCELLATION * squares
-        if are_inside(terms) and bool(are_kept.all()):
-            return False
-        return bool(((are_outside(terms) | ~are_kept) & self.are_nonzero().cpu()).any())
+        if terms is None:
+            if are_inside(squares):
+                return False
+            are_lost = are_outside(squares)
+        else:
+            are_lost = ~(terms <= _CANCELLATION * squares)
+            if are_inside(terms) and not bool(are_lost.any()):
+                return False
+            are_lost |= are_outside(terms)
+        return bool((are_lost & self.are_nonzero().cpu()).any())
 
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each gradient, float64 [n], on the CPU."""
@@ -169,10 +175,9 @@ class Dense(Factor):
         """The inner products of the gradients, [n, n], in their type."""
         return self_product(self.values)
 
-    def products_and_terms(self) -> tuple[Tensor, Tensor]:
-        """Return the inner products of the gradients, and their squared norms."""
-        products = self.products.double().cpu()
-        return products, products.diagonal()
+    def products_and_terms(self) -> tuple[Tensor, Tensor | None]:
+        """Return the inner products of the gradients, which add up nothing else."""
+        return self.products.double().cpu(), None
 
     def double(self) -> Dense:
         """Return the same gradients in float64."""

@@ -96,7 +96,7 @@ class Outer(Factor):
         """Return which gradients may be other than zero, bool [n]."""
         return are_nonzero(self.delta) & are_nonzero(self.source)
 
-    def products_and_terms(self) -> tuple[Tensor, Tensor]:
+    def products_and_terms(self) -> tuple[Tensor, Tensor | None]:
         """Return the inner products of the gradients, and the squares of what adds up to them."""
         if not self.is_cheaper_formed:
             return self.factored()
@@ -106,7 +106,7 @@ class Outer(Factor):
         total = torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64, device="cpu")
         for start in range(0, o, width):
             total += self_product(self._form(every, slice(start, start + width)).flatten(1)).cpu()
-        return total, total.diagonal()
+        return total, None
 
     def cross(self, other: Factor) -> Tensor:
         """Return the inner products with other gradients of the parameter, float64 [n, m]."""
@@ -130,14 +130,13 @@ class Outer(Factor):
             parts.append(products.sum((1, 2, 3)).cpu())
         return torch.cat(parts)
 
-    def factored(self) -> tuple[Tensor, Tensor]:
+    def factored(self) -> tuple[Tensor, Tensor | None]:
         """Return the inner products from the factors alone, and the squares of their terms."""
         n, g, t, _ = self.delta.shape
         inputs = self._inputs(slice(0, n))
         if self.of_outputs is not None:
             products = self_product(inputs.flatten(1))
-            products = products.mul_(self.of_outputs.products).double().cpu()
-            return products, products.diagonal()
+            return products.mul_(self.of_outputs.products).double().cpu(), None
         total = torch.zeros(n, n, dtype=torch.float64, device=self.delta.device)
         terms = torch.zeros(n, dtype=torch.float64, device=self.delta.device)
         rows = block_size(n * t * t * self.dtype.itemsize)

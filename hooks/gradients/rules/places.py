@@ -130,7 +130,10 @@ class Layout:
 
     def positions(self, values: Tensor) -> Tensor:
         """Return values as [n, t, features], at least float32."""
-        first = self.by_example(widened(values))
+        values = widened(values)
+        # To reshape twice takes as long as some layers do.
+        is_in_order = values.ndim > 1 and self.place in (Place.FIRST, Place.OUTER)
+        first = values if is_in_order else self.by_example(values)
         return first.reshape(self.num_examples, -1, first.shape[-1])
 
     def maps(self, values: Tensor) -> Tensor:

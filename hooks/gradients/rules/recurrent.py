@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from sonde.hooks.gradients.factors.dense import Dense, Factor
 from sonde.hooks.gradients.factors.outer import Outer
+from sonde.hooks.model.walks import modules_of
 
 from .places import Layout, UnsupportedError, Weight, remembered, widened
 
@@ -33,7 +34,7 @@ def backward_through_recurrent(model: nn.Module) -> Iterator[None]:
 
     cuDNN refuses that. Training mode without dropout computes the same, and it does not refuse.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase) and not m.training]
+    layers = [m for m in modules_of(model) if isinstance(m, nn.RNNBase) and not m.training]
     dropouts = [layer.dropout for layer in layers]
     try:
         for layer in layers:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sonde.hooks.model.ranks import sharding_modules
+from sonde.hooks.model.walks import modules_of
 
 
 class HeldParameters:
@@ -25,7 +26,7 @@ class HeldParameters:
     def __init__(self, model: nn.Module) -> None:
         self._places = [
             (module, name, parameter)
-            for module in model.modules()
+            for module in modules_of(model)
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]

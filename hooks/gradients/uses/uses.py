@@ -28,6 +28,7 @@ from sonde.hooks.gradients.rules.user import ModuleRule, rule_for, uses_of
 from sonde.hooks.losses.float64_heads import Float64Heads
 from sonde.hooks.model import own_work
 from sonde.hooks.model.taps import add_hook
+from sonde.hooks.model.walks import modules_of
 
 from .autograd_functions import running_function
 from .operations import Operation, Use
@@ -132,7 +133,7 @@ class ParameterUses(TorchFunctionMode):
 
     def __enter__(self) -> ParameterUses:
         self._roots, self._constants, self._kept, self._depth = {}, set(), [], 0
-        for module in self._model.modules():
+        for module in modules_of(self._model):
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in self._roots:
                     self._keep(tensor)
