@@ -7,7 +7,7 @@ from torch import nn
 from sonde.hooks.model.walks import modules_of, parameters_of
 
 
-def make_model() -> nn.Module:
+def make_model() -> nn.Sequential:
     """Return a model with a shared layer, a layer within layers, and a child that is None."""
     shared = nn.Linear(2, 2)
     model = nn.Sequential(nn.Sequential(shared, nn.Sequential(nn.ReLU())), nn.Linear(2, 2), shared)
