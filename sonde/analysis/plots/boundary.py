@@ -1,17 +1,11 @@
-"""Draw the results of the analyses as matplotlib figures, ready for a paper.
-
-Every function takes a result, or a mapping from names to results to compare runs, and returns a
-`Figure` that pyplot has already closed: a notebook shows it once, a script calls `savefig`. Colours
-can be told apart with the common colour vision deficiencies, and single heat map values are
-readable in grey. Steps are drawn on an axis that is logarithmic but includes step 0.
-"""
+"""Draw decision planes, and how they agree and fall apart."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,13 +14,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from sonde.analysis._select import measure_log, run_labels
 from sonde.exceptions import InvalidInputError, MismatchError
 
 from ._drawing import (
-    LineStyle,
     annotate,
     class_colors,
     close,
@@ -35,13 +28,14 @@ from ._drawing import (
     heat_map_figure,
     label,
     legend,
-    legend_label,
     line,
     line_colors,
+    name_handles,
+    named_results,
+    names_of,
     numbers,
     step_axis,
 )
-from ._select import measure_log, run_labels
 
 if TYPE_CHECKING:
     from sonde.log import Run
@@ -64,104 +58,6 @@ class Planes:
     coordinates: npt.NDArray[np.float64]
     name: str = ""
     targets: npt.NDArray[np.int64] | None = None
-
-
-def cka(similarity: xr.DataArray) -> Figure:
-    """Draw layers against layers, or layers over steps, as a heat map.
-
-    Args:
-        similarity: Result of `analysis.cka`, [layer, other_layer], or of `analysis.cka_over_steps`,
-            [step, layer].
-
-    Returns:
-        Figure with one heat map; layers grow upwards, missing values are grey.
-
-    Raises:
-        InvalidInputError: If `similarity` has other dimensions.
-    """
-    if similarity.dims == ("layer", "other_layer"):
-        rows, columns = similarity["layer"], similarity["other_layer"]
-        labels = [f"layer{_of(similarity, side)}" for side in ("", "other_")]
-    elif similarity.dims == ("step", "layer"):
-        similarity = similarity.transpose("layer", "step")
-        rows, columns = similarity["layer"], similarity["step"]
-        labels = ["layer", "step"]
-    else:
-        raise InvalidInputError(
-            f"`similarity` has dimensions {similarity.dims}; "
-            "expected ('layer', 'other_layer') or ('step', 'layer')"
-        )
-    figure, (axes,) = heat_map_figure(_names(rows), _names(columns))
-    image = heat_map(axes, similarity.values, _names(rows), _names(columns), origin="lower")
-    axes.set(ylabel=labels[0], xlabel=labels[1])
-    # Debiased values of unrelated layers scatter around 0; a point on the bar says so.
-    extend: Literal["min", "neither"] = "min" if similarity.min() < -0.005 else "neither"
-    color_bar(figure, image, [axes], _cka_name(similarity), extend)
-    return close(figure)
-
-
-def stiffness(results: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
-    """Draw stiffness within and between classes over the steps.
-
-    Args:
-        results: Result of `analysis.stiffness`, or several by name.
-
-    Returns:
-        Figure with two panels, cosine and sign: within classes solid, between classes dashed. A
-        result without classes shows the mean over all pairs, dotted.
-    """
-    named = _named(results)
-    figure, panels = plt.subplots(1, 2, layout="constrained", figsize=(7.2, 3.2), sharex=True)
-    styles: dict[str, LineStyle] = {}
-    for panel, kind in zip(panels, ("cosine", "sign"), strict=True):
-        panel.axhline(0, color="0.6", linewidth=0.8)
-        for color, result in zip(line_colors(len(named)), named.values(), strict=True):
-            for part, style in _parts(result, kind).items():
-                styles[part.removeprefix(f"{kind}_").replace(kind, "all pairs")] = style
-                line(panel, result["step"].values, result[part].values, color, style)
-        step_axis(panel, [result["step"].values for result in named.values()])
-        panel.set_title(f"{kind} stiffness", fontsize="medium")
-    handles = [
-        Line2D([], [], color="0.2", linestyle=style, marker="o", markersize=3, label=part)
-        for part, style in styles.items()
-    ]
-    legend(figure, [*_name_handles(named), *handles])
-    return close(figure)
-
-
-def class_matrix(result: xr.Dataset, step: int = -1) -> Figure:
-    """Draw the class matrices of stiffness at one step.
-
-    Args:
-        result: Result of `analysis.stiffness` with classes.
-        step: Step of the result; -1 is its last.
-
-    Returns:
-        Figure with two heat maps, cosine and sign; up to 12 classes with their numbers.
-
-    Raises:
-        InvalidInputError: If `result` has no class matrix or no such step.
-    """
-    if "cosine_matrix" not in result:
-        raise InvalidInputError("`result` has no class matrix; use stiffness(run, by='class')")
-    steps = result["step"].values.tolist()
-    at = steps[-1] if step == -1 else step
-    if at not in steps:
-        raise InvalidInputError(f"`step` (={step}) is not in the result; steps: {steps}")
-    names = _names(result["class"])
-    figure, panels = heat_map_figure(names, names, panels=2, cell=0.36)
-    images = []
-    for panel, kind in zip(panels, ("cosine", "sign"), strict=True):
-        values = result[f"{kind}_matrix"].sel(step=at).values
-        image = heat_map(panel, values, names, names, color_map="RdBu_r", limits=(-1, 1))
-        images.append(image)
-        if len(names) <= 12:
-            annotate(image, numbers(values))
-        panel.set_title(f"{kind} stiffness, step {at}", fontsize="medium")
-        panel.set_xlabel("class")
-    panels[0].set_ylabel("class")
-    color_bar(figure, images[0], panels, "mean over pairs of examples")
-    return close(figure)
 
 
 def decision_planes(
@@ -235,7 +131,7 @@ def reproducibility(result: xr.Dataset) -> Figure:
         the interval below each value, up to 20 with the value.
     """
     values = result["agreement"].values
-    names = _names(result["run"])
+    names = names_of(result["run"])
     lowest = min(float(result["chance"].min()), float(values.min()))
     figure, (axes,) = heat_map_figure(names, names, cell=0.75 if len(names) <= 8 else 0.4)
     image = heat_map(axes, values, names, names, limits=(lowest, 1))
@@ -261,7 +157,7 @@ def fragmentation(results: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
     Returns:
         Figure with one line per result and its standard error over triplets as a band.
     """
-    named = _named(results)
+    named = named_results(results)
     figure, axes = plt.subplots(layout="constrained", figsize=(4.6, 3.2))
     for color, result in zip(line_colors(len(named)), named.values(), strict=True):
         steps, mean = result["step"].values, result["fragmentation"].values
@@ -270,7 +166,7 @@ def fragmentation(results: xr.Dataset | Mapping[str, xr.Dataset]) -> Figure:
         axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
     step_axis(axes, [result["step"].values for result in named.values()])
     axes.set(ylabel="regions per plane", ylim=(0, None))
-    legend(figure, _name_handles(named))
+    legend(figure, name_handles(named))
     return close(figure)
 
 
@@ -352,50 +248,3 @@ def _classes(planes: Planes, triplets: Sequence[int]) -> set[int]:
     chosen = list(triplets)
     shown = set(np.unique(planes.labels[chosen]).tolist())
     return shown if planes.targets is None else shown | set(planes.targets[chosen].ravel().tolist())
-
-
-def _parts(result: xr.Dataset, kind: str) -> dict[str, LineStyle]:
-    """List what a stiffness result can show, with its line style."""
-    if f"{kind}_within" in result:
-        return {f"{kind}_within": "-", f"{kind}_between": "--"}
-    return {kind: ":"}
-
-
-def _named(results: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-    """Make a mapping of results; a single one goes without a name.
-
-    Raises:
-        InvalidInputError: If the mapping is empty.
-    """
-    # A Dataset is a Mapping, too.
-    if isinstance(results, xr.Dataset):
-        return {"": results}
-    if not results:
-        raise InvalidInputError("`results` is empty; expected at least one result")
-    return dict(results)
-
-
-def _name_handles(named: Mapping[str, xr.Dataset]) -> list[Line2D]:
-    """Legend entries for the names of results; none for a single one without a name."""
-    return [
-        Line2D([], [], color=color, label=legend_label(name))
-        for color, name in zip(line_colors(len(named)), named, strict=True)
-        if name
-    ]
-
-
-def _names(values: xr.DataArray) -> list[str]:
-    return [label(value) for value in values.values.tolist()]
-
-
-def _of(similarity: xr.DataArray, side: str) -> str:
-    """Say which run and step a side of a CKA map is, as far as its attributes know."""
-    run, step = similarity.attrs.get(f"{side}run"), similarity.attrs.get(f"{side}step")
-    return "" if run is None else f" of {label(run)}, step {label(step)}"
-
-
-def _cka_name(similarity: xr.DataArray) -> str:
-    estimator: Hashable = similarity.attrs.get("estimator", "")
-    prefix = "debiased " if estimator == "unbiased" else ""
-    reference = similarity.attrs.get("reference_step")
-    return f"{prefix}CKA" + ("" if reference is None else f" with step {reference}")

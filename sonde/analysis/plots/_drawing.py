@@ -1,11 +1,12 @@
 """What the figures share: heat maps, step axes, colours, legends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap
@@ -14,6 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from sonde.exceptions import InvalidInputError
 from sonde.visible import visible
 
 Values = npt.NDArray[Any]  # Any: heat maps show integers and floats.
@@ -188,3 +190,30 @@ def class_colors(num_classes: int) -> ListedColormap:
 def close(figure: Figure) -> Figure:
     plt.close(figure)
     return figure
+
+
+def named_results(results: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Make a mapping of results; a single one goes without a name.
+
+    Raises:
+        InvalidInputError: If the mapping is empty.
+    """
+    # A Dataset is a Mapping, too.
+    if isinstance(results, xr.Dataset):
+        return {"": results}
+    if not results:
+        raise InvalidInputError("`results` is empty; expected at least one result")
+    return dict(results)
+
+
+def name_handles(named: Mapping[str, xr.Dataset]) -> list[Line2D]:
+    """Legend entries for the names of results; none for a single one without a name."""
+    return [
+        Line2D([], [], color=color, label=legend_label(name))
+        for color, name in zip(line_colors(len(named)), named, strict=True)
+        if name
+    ]
+
+
+def names_of(values: xr.DataArray) -> list[str]:
+    return [label(value) for value in values.values.tolist()]

@@ -1,0 +1,21 @@
+"""Draw the results of the analyses as matplotlib figures, ready for a paper.
+
+Every function takes a result, or a mapping from names to results to compare runs, and returns a
+`Figure` that pyplot has already closed: a notebook shows it once, a script calls `savefig`. Colours
+can be told apart with the common colour vision deficiencies, and single heat map values are
+readable in grey. Steps are drawn on an axis that is logarithmic but includes step 0.
+"""
+
+from .boundary import Planes, decision_planes, fragmentation, reproducibility
+from .cka import cka
+from .stiffness import class_matrix, stiffness
+
+__all__ = [
+    "Planes",
+    "cka",
+    "class_matrix",
+    "decision_planes",
+    "fragmentation",
+    "reproducibility",
+    "stiffness",
+]
