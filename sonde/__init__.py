@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         load_config,
         log_spaced,
     )
-    from sonde.log import Run, open_run
+    from sonde.log import Family, Run, open_run, open_runs
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "Config",
     "DecisionPlanes",
     "ExampleGradients",
+    "Family",
     "Full",
     "Gram",
     "OutputGradients",
@@ -73,12 +74,15 @@ __all__ = [
     "load_config",
     "log_spaced",
     "open_run",
+    "open_runs",
 ]
 
 _FOLDERS = {"analysis", "hooks", "integrations"}
 _HOMES = {
+    "Family": "sonde.log",
     "Run": "sonde.log",
     "open_run": "sonde.log",
+    "open_runs": "sonde.log",
     "SondeError": "sonde.exceptions",
     "SondeWarning": "sonde.exceptions",
 }

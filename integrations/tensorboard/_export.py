@@ -202,7 +202,7 @@ def _score(
     Raises:
         InvalidInputError: If there is not one class label, among the classes, per example.
     """
-    from sonde.analysis.predictions import is_one_logit, predicted_classes
+    from sonde.log.predictions import is_one_logit, predicted_classes
 
     is_classified = _has_classes(targets) and logits.ndim <= 2
     if targets is None or not is_classified or targets.shape != logits.shape[:1]:

@@ -9,11 +9,13 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from sonde.log.predictions import predicted_classes
+
 from . import kernels
 from .boundary import fragmentation, reproducibility
 from .cka import cka, cka_over_steps
-from .predictions import predicted_classes
 from .stiffness import stiffness
+from .sweep import sweep
 
 if TYPE_CHECKING:
     from . import plots
@@ -27,6 +29,7 @@ __all__ = [
     "predicted_classes",
     "reproducibility",
     "stiffness",
+    "sweep",
 ]
 
 

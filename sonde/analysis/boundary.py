@@ -8,7 +8,8 @@ labels [triplets, rows, columns].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from scipy import ndimage
 
 from sonde.exceptions import InvalidInputError, MismatchError
 
+from ._families import By, Grouped, Runs, are_several, combine, group, over_runs, say_lacking
 from ._select import measure_log, run_labels, select_steps
 from .kernels import Array
 
 if TYPE_CHECKING:
-    from sonde.log import Run
+    from sonde.log import Family, Run
+    from sonde.log.configs import Value
 
 Labels = npt.NDArray[Any]  # Any: an integer type wide enough for the classes.
 
@@ -168,6 +171,7 @@ def num_regions(labels: Labels, connectivity: int = 8) -> npt.NDArray[np.int64]:
 def reproducibility(
     runs: Sequence[Run],
     *,
+    by: By = None,
     step: int = -1,
     source: str | None = None,
     confidence: float = 0.95,
@@ -178,6 +182,7 @@ def reproducibility(
 
     Args:
         runs: At least two runs with the measure `decision_planes` on the same planes.
+        by: Configuration keys that group the runs; pairs are of runs of one group.
         step: Recorded step; negative counts from the last recorded of each run.
         source: Source of the triplets; the default source of the measure if None.
         confidence: Coverage of the bootstrap interval over triplets.
@@ -187,7 +192,9 @@ def reproducibility(
     Returns:
         Dataset over run and other_run: `agreement` (R, in [0, 1]), `chance` (what independent
         models would reach), `kappa` (R corrected for chance), `low` and `high` (the interval of
-        R). Coordinate `step` [run] says which step of each run was compared.
+        R). Coordinate `step` [run] says which step of each run was compared. With `by`, a Dataset
+        over its keys: means of `agreement`, `chance` and `kappa` over the pairs of runs of a group,
+        their `_spread` over pairs, and `num_pairs`.
 
     Raises:
         InvalidInputError: If there are fewer than two runs.
@@ -198,6 +205,10 @@ def reproducibility(
         result = sonde.analysis.reproducibility([run, other])
         result.agreement.sel(run="seed0", other_run="seed1")
     """
+    if by is not None:
+        # The interval of a pair is not kept.
+        each = partial(reproducibility, step=step, source=source, num_resamples=1)
+        return _over_pairs(group(runs, by), each)
     if len(runs) < 2:
         raise InvalidInputError(f"`runs` has {len(runs)} runs; expected at least 2 to compare")
     logs = [measure_log(run, "decision_planes", source) for run in runs]
@@ -236,9 +247,39 @@ def reproducibility(
     )
 
 
+def _over_pairs(grouped: Grouped, compare: Callable[[Family], xr.Dataset]) -> xr.Dataset:
+    """Average the comparisons of the pairs of runs of each group.
+
+    Raises:
+        InvalidInputError: If no group has two runs.
+    """
+    found: dict[tuple[Value, ...], list[xr.Dataset]] = {}
+    used: list[str] = []
+    for values, family in grouped.groups.items():
+        if len(family) < 2:
+            where = ", ".join(f"{k}={v}" for k, v in zip(grouped.keys, values, strict=True))
+            grouped.lacking.append(f"{family.names[0]}, the only one with {where}")
+            continue
+        pairs = compare(family)[["agreement", "chance", "kappa"]].drop_vars("step")
+        found[values] = [
+            pairs.isel(run=row, other_run=column, drop=True)
+            for row, column in zip(*np.triu_indices(len(family), 1), strict=True)
+        ]
+        used += family.names
+    if not found:
+        raise InvalidInputError(
+            f"no two runs have the same {' and '.join(grouped.keys)}; nothing to compare"
+        )
+    say_lacking(grouped, "reproducibility", stacklevel=4)
+    result = combine(grouped.keys, found).rename(num_runs="num_pairs")
+    result.attrs = {"runs": used, "by": grouped.keys, "lacking": grouped.lacking}
+    return result
+
+
 def fragmentation(
-    run: Run,
+    run: Runs,
     *,
+    by: By = None,
     steps: Sequence[int] | None = None,
     source: str | None = None,
     connectivity: int = 8,
@@ -246,19 +287,25 @@ def fragmentation(
     """Count the decision regions of a run over its steps.
 
     Args:
-        run: Run with the measure `decision_planes`.
+        run: Run with the measure `decision_planes`, or several, over which means are taken.
+        by: Configuration keys that group several runs; each becomes a dimension.
         steps: Recorded steps, negative ones counted from the last; all if None.
         source: Source of the triplets; the default source of the measure if None.
         connectivity: 8, as in the study, or 4.
 
     Returns:
         Dataset over step: `fragmentation` (mean number of regions per plane), `standard_error` (of
-        that mean over triplets; NaN for one triplet) and `regions` [step, triplet].
+        that mean over triplets; NaN for one triplet) and `regions` [step, triplet]. Of several
+        runs [*by, step] their mean, with `fragmentation_spread` over runs and `num_runs`;
+        `standard_error` is the mean of those of the runs.
 
     Example::
 
         sonde.analysis.fragmentation(run).fragmentation.sel(step=100)
     """
+    if are_several(run):
+        each = partial(fragmentation, steps=steps, source=source, connectivity=connectivity)
+        return over_runs(run, by, each, "fragmentation", no_spread=["standard_error"])
     log = measure_log(run, "decision_planes", source)
     selected = select_steps(log, steps)
     regions = np.stack([num_regions(log.array("labels", step), connectivity) for step in selected])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ import xarray as xr
 from sonde.exceptions import InvalidInputError, MismatchError
 from sonde.log.products import owner_of
 
+from ._families import By, Runs, are_several, over_runs
 from ._select import measure_log, select_steps
 from .kernels import Array, Real
 
@@ -135,26 +137,29 @@ def summarize(pairs: Array, labels: _Labels, classes: _Labels | None = None) -> 
 
 
 def stiffness(
-    run: Run,
+    run: Runs,
     *,
     by: Mapping[Any, Hashable] | Literal["class"] | None = "class",  # Any: any class label.
     steps: Sequence[int] | None = None,
     layer: str | None = None,
     source: str | None = None,
+    runs_by: By = None,
 ) -> xr.Dataset:
     """Compute stiffness within and between classes over the steps of a run.
 
     Args:
-        run: Run with the measure `example_gradients`.
+        run: Run with the measure `example_gradients`, or several, over which means are taken.
         by: "class" groups the examples by their targets, a mapping by its value for their target
             (fine class to superclass), None not at all.
         steps: Recorded steps, negative ones counted from the last; all if None.
         layer: Only the parameters of this layer; those of all recorded layers together if None.
             With `store=Full()` it may also be the name of one parameter.
         source: Source of the examples; the default source of the measure if None.
+        runs_by: Configuration keys that group several runs; each becomes a dimension.
 
     Returns:
-        Dataset over step, each variable for `sign` and for `cosine`:
+        Dataset over step, of several runs [*runs_by, step] with `_spread` over runs behind each
+        name and `num_runs`; each variable for `sign` and for `cosine`:
 
         - `sign` [step]: mean over all pairs of different examples,
         - `sign_within` [step]: mean over classes of the stiffness inside a class; a class with a
@@ -185,6 +190,9 @@ def stiffness(
         result = sonde.analysis.stiffness(run)
         result.cosine_within.sel(step=100)
     """
+    if are_several(run):
+        each = partial(stiffness, by=by, steps=steps, layer=layer, source=source)
+        return over_runs(run, runs_by, each, "stiffness")
     log = measure_log(run, "example_gradients", source)
     selected = select_steps(log, steps)
     labels = {} if by is None else {step: _labels(log, by, step) for step in selected}

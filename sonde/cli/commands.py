@@ -20,7 +20,8 @@ from sonde.exceptions import InvalidInputError, RunNotFoundError
 from .analyses import boundary, cka, stiffness
 from .console import Group, help_of, say, working
 from .export import export
-from .options import Json, RunPath, RunPaths, open_all, use_no_window
+from .families import choose, config_columns, print_groups, sweep
+from .options import Json, RunPath, RunPaths, Where, open_all, use_no_window
 from .run import Launched, run_script
 from .show import print_overviews, print_run
 
@@ -81,16 +82,27 @@ def ls(
             metavar="PATH", help="Folders to search, or exported runs; default: this folder."
         ),
     ] = None,
+    config: Annotated[
+        bool, typer.Option("--config", help="Show the configuration of each run.")
+    ] = False,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="KEY,KEY", help="One row per value of these configuration keys."),
+    ] = None,
+    where: Where = None,
     as_json: Json = False,
 ) -> None:
     """List the runs at or below folders.
 
     One row per run directory, and per exported run that is named: its state, the steps and measures
-    it recorded, its size on disk, and how long ago it was written.
+    it recorded, its size on disk, and how long ago it was written. --config shows what tells runs
+    apart, --by groups them by it.
 
     Examples:
         sonde ls
         sonde ls runs
+        sonde ls runs --config --where width=32,64
+        sonde ls runs --by width,noise
         sonde ls runs --json
     """
     from sonde.log.format.files import find_runs
@@ -106,10 +118,15 @@ def ls(
         for path in found:
             start(str(path))
             overviews.append(overview(path))
+    overviews = choose(overviews, where)
     if as_json:
         typer.echo(json.dumps(overviews, indent=1))
+    elif overviews and by is not None:
+        print_groups(overviews, [key.strip() for key in by.split(",")])
     elif overviews:
-        print_overviews(overviews)
+        print_overviews(overviews, config_columns(overviews) if config else {})
+    elif where:
+        say(f"no run has {' and '.join(where)}", err=True)
     else:
         say(f"no runs at or below {', '.join(str(root) for root in roots)}", err=True)
 
@@ -258,5 +275,5 @@ app.command(
     # Whatever follows the script is its own, options too.
     context_settings={"allow_interspersed_args": False},
 )(run_script)
-for _function in (ls, show, cka, stiffness, boundary, tensorboard, export, seal, verify):
+for _function in (ls, show, cka, stiffness, boundary, sweep, tensorboard, export, seal, verify):
     app.command(help=help_of(_function))(_function)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sonde.exceptions import SondeError
+from sonde.log.configs import flat_config
 from sonde.visible import TEXT_LENGTH, visible
 
 from .console import iso_time
@@ -20,8 +21,9 @@ def overview(path: Path) -> Facts:
     """Describe a run in a row; one that cannot be read is named with its problem.
 
     Returns:
-        `path`, `name`, `state`, `steps` (first and last, or empty), `measures`, `num_records`,
-        `num_bytes` (of the log, on disk), `last_written` (ISO time) and `problem`.
+        `path`, `name`, `state`, `steps` (first and last, or empty), `measures`, `config` (its
+        values by dotted key), `num_records`, `num_bytes` (of the log, on disk), `last_written` (ISO
+        time) and `problem`.
     """
     from sonde.log import open_run
 
@@ -81,6 +83,7 @@ def _overview(run: Run) -> Facts:
         "state": run.state,
         "steps": [steps[0], steps[-1]] if steps else [],
         "measures": run.measures,
+        "config": flat_config(run.info.get("config")),
         "num_records": sum(
             len(run.steps(measure, source))
             for measure in run.measures

@@ -11,7 +11,7 @@ import typer
 from .console import working
 
 if TYPE_CHECKING:
-    from sonde.log import Run
+    from sonde.log import Family, Run
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run directory, or exported file.", show_default=False)
@@ -36,6 +36,14 @@ FigurePath = Annotated[
 CsvPath = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write it as CSV.", show_default=False)
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Only runs whose configuration has this value, or one of several: width=32,64.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -57,6 +65,27 @@ def open_all(paths: Sequence[Path], rank: int | None = None) -> dict[str, Run]:
     names = [run.name for run in opened.values()]
     is_unique = len(set(names)) == len(names)
     return {run.name if is_unique else str(path): run for path, run in opened.items()}
+
+
+def open_family(paths: Sequence[Path], where: Sequence[str] | None = None) -> Family:
+    """Open runs, folders of runs and globs as a family, and choose among them.
+
+    Raises:
+        InvalidInputError: If no run has a key of `where`, or none fits.
+    """
+    from sonde.exceptions import InvalidInputError
+    from sonde.log import open_runs
+
+    from .families import conditions
+
+    with working("opening"):
+        family = open_runs(paths)
+    chosen = family.where(conditions(where)) if where else family
+    if not len(chosen):
+        raise InvalidInputError(
+            f"`--where` (={', '.join(where or ())}) fits none of {len(family)} runs"
+        )
+    return chosen
 
 
 def use_no_window() -> None:

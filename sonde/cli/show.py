@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sonde.sizes import size_text
@@ -32,8 +32,16 @@ _STATE_STYLES = {
 }
 
 
-def print_overviews(overviews: Sequence[Facts]) -> None:
-    """Print a row per run, and below the table why a run cannot be read."""
+def print_overviews(
+    overviews: Sequence[Facts], config: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Print a row per run, and below the table why a run cannot be read.
+
+    Args:
+        overviews: The runs.
+        config: What stands beside each: a text per run, by configuration key.
+    """
+    config = config or {}
     out = console()
     rows = [
         [
@@ -44,11 +52,13 @@ def print_overviews(overviews: Sequence[Facts]) -> None:
             size_text(facts["num_bytes"]) if "num_bytes" in facts else "–",
             age_text(facts.get("last_written")),
             ", ".join(facts.get("measures") or ["–"]),
+            *(texts[index] for texts in config.values()),
         ]
-        for facts in overviews
+        for index, facts in enumerate(overviews)
     ]
-    columns = ("run", "state", "steps", "records", "size", "written", "measures")
-    out.print(table(columns, rows, right=("steps", "records", "size", "written")))
+    columns = ("run", "state", "steps", "records", "size", "written", "measures", *config)
+    right = ("steps", "records", "size", "written", *config)
+    out.print(table(columns, rows, right=right))
     for facts in overviews:
         if facts["problem"]:
             out.print(f"{facts['path']}: {facts['problem']}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .family import Family, open_runs
     from .format.damage import Damage
     from .format.payload import LogArray
     from .layer_log import LayerLog
@@ -15,16 +16,28 @@ if TYPE_CHECKING:
     from .run import Run, open_run
     from .writing.writer import LogWriter
 
-__all__ = ["Damage", "LayerLog", "LogArray", "LogWriter", "MeasureLog", "Run", "open_run"]
+__all__ = [
+    "Damage",
+    "Family",
+    "LayerLog",
+    "LogArray",
+    "LogWriter",
+    "MeasureLog",
+    "Run",
+    "open_run",
+    "open_runs",
+]
 
 _HOMES = {
     "Damage": "format.damage",
+    "Family": "family",
     "LayerLog": "layer_log",
     "LogArray": "format.payload",
     "LogWriter": "writing.writer",
     "MeasureLog": "measure_log",
     "Run": "run",
     "open_run": "run",
+    "open_runs": "family",
 }
 
 

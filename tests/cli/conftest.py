@@ -33,7 +33,12 @@ def folder(written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return written
 
 
-def write_run(path: Path, seed: int, layers: list[str] = LAYERS) -> None:
+def write_run(
+    path: Path,
+    seed: int,
+    layers: list[str] = LAYERS,
+    config: dict[str, object] | None = None,
+) -> None:
     """Write a run of 20 examples of 4 classes whose layers get more alike over the steps."""
     path.mkdir(parents=True)
     write_run_file(
@@ -41,6 +46,7 @@ def write_run(path: Path, seed: int, layers: list[str] = LAYERS) -> None:
         {
             "name": path.name,
             "created": "2026-01-02T03:04:05+00:00",
+            "config": {"seed": seed, "width": 64, "noise": 0} if config is None else config,
             "environment": {
                 "python": "3.12.1",
                 "hostname": "node7",

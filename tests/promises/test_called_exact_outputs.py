@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonde
-from sonde.analysis.predictions import predicted_classes
 from sonde.exceptions import InvalidInputError
 from sonde.log import LogWriter
+from sonde.log.predictions import predicted_classes
 
 from . import checker
 from .cases import MARGINS, make_setup, named

@@ -9,6 +9,7 @@ readable in grey. Steps are drawn on an axis that is logarithmic but includes st
 from .boundary import Planes, decision_planes, fragmentation, reproducibility
 from .cka import cka
 from .stiffness import class_matrix, stiffness
+from .sweep import sweep
 
 __all__ = [
     "Planes",
@@ -18,4 +19,5 @@ __all__ = [
     "fragmentation",
     "reproducibility",
     "stiffness",
+    "sweep",
 ]

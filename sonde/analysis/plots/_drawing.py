@@ -217,3 +217,12 @@ def name_handles(named: Mapping[str, xr.Dataset]) -> list[Line2D]:
 
 def names_of(values: xr.DataArray) -> list[str]:
     return [label(value) for value in values.values.tolist()]
+
+
+def figure_of(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Return the axes to draw on with their figure, or those of a new figure of this size."""
+    if axes is None:
+        return plt.subplots(layout="constrained", figsize=size)
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # Axes that were removed have none, and cannot be drawn on.
+    return figure, axes

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sonde.exceptions import InvalidInputError
+
+if TYPE_CHECKING:
+    from .measure_log import MeasureLog
 
 Scores = npt.NDArray[Any]  # Any: whichever float type was recorded.
 
@@ -53,3 +56,25 @@ def predicted_classes(logits: Scores, targets: npt.NDArray[Any] | None = None) -
         )
     classes: Scores = logits.argmax(axis=1)
     return classes
+
+
+def accuracy_of(log: MeasureLog, step: int = -1) -> float | None:
+    """Return the share of examples whose class a record of predictions says rightly.
+
+    Args:
+        log: The measure `predictions` of one source.
+        step: The step; negative numbers count from the end.
+
+    Returns:
+        In [0, 1]; None where targets are no classes, or are not known.
+
+    Raises:
+        StepNotFoundError: If the step was not recorded.
+    """
+    targets = log.targets_at(step)
+    if targets is None or targets.ndim != 1 or targets.dtype.kind not in "iub":
+        return None
+    logits = log.array("logits", step)
+    if not is_one_logit(logits, targets) and (logits.ndim != 2 or logits.shape[1] < 2):
+        return None
+    return float((predicted_classes(logits, targets) == targets).mean())
