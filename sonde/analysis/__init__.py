@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sonde.log.predictions import predicted_classes
 
-from . import kernels
+from .arrays import kernels
 from .boundary import fragmentation, reproducibility
 from .cka import cka, cka_over_steps
 from .stiffness import stiffness

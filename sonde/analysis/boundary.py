@@ -17,11 +17,19 @@ import numpy.typing as npt
 import xarray as xr
 from scipy import ndimage
 
+from sonde.analysis.arrays.kernels import Array
+from sonde.analysis.sides.families import (
+    By,
+    Grouped,
+    Runs,
+    are_several,
+    combine,
+    group,
+    over_runs,
+    say_lacking,
+)
+from sonde.analysis.sides.select import measure_log, run_labels, select_steps
 from sonde.exceptions import InvalidInputError, MismatchError
-
-from ._families import By, Grouped, Runs, are_several, combine, group, over_runs, say_lacking
-from ._select import measure_log, run_labels, select_steps
-from .kernels import Array
 
 if TYPE_CHECKING:
     from sonde.log import Family, Run

@@ -13,12 +13,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from sonde.analysis.arrays import kernels
+from sonde.analysis.sides.centring import (
+    Lost,
+    Side,
+    center_layer,
+    center_layers,
+    common_blocks,
+    compare,
+    lost_messages,
+)
+from sonde.analysis.sides.examples import Matched, match
+from sonde.analysis.sides.select import (
+    measure_log,
+    select_layers,
+    select_other_layers,
+    select_steps,
+)
 from sonde.log.relative import BESIDE
-
-from . import kernels
-from ._examples import Matched, match
-from ._select import measure_log, select_layers, select_other_layers, select_steps
-from ._sides import Lost, Side, center_layer, center_layers, common_blocks, compare, lost_messages
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog, Run

@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
+from sonde.analysis.arrays.kernels import Array, Real
+from sonde.analysis.sides.families import By, Runs, are_several, over_runs
+from sonde.analysis.sides.select import measure_log, select_steps
 from sonde.exceptions import InvalidInputError, MismatchError
 from sonde.log.products import owner_of
-
-from ._families import By, Runs, are_several, over_runs
-from ._select import measure_log, select_steps
-from .kernels import Array, Real
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog, Run

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from sonde.analysis.sides.families import over_runs
 from sonde.exceptions import InvalidInputError, StepNotFoundError
-
-from ._families import over_runs
 
 if TYPE_CHECKING:
     from sonde.log import Family, Run

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sonde.analysis import fragmentation, plots, reproducibility, stiffness, sweep
-from sonde.analysis._families import combine, merged
+from sonde.analysis.sides.families import combine, merged
 from sonde.exceptions import InvalidInputError, MeasureNotFoundError, StepNotFoundError
 from sonde.log import Family, Run, open_run
 from sonde.log.format.files import write_run_file
@@ -61,7 +61,7 @@ def test_an_analysis_of_a_family_is_mean_and_spread_over_its_groups(family: Fami
                 np.std(values, ddof=1) if len(values) > 1 else np.nan,
             ]
             actual = [float(at.fragmentation), float(at.fragmentation_spread)]
-            np.testing.assert_allclose(actual, expected)
+            np.testing.assert_allclose(np.array(actual), np.array(expected))
 
 
 def test_without_by_all_runs_are_one_group(family: Family) -> None:

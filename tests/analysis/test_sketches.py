@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from sonde.analysis import cka, cka_over_steps, kernels
-from sonde.analysis._sketches import Sketched, _hsic, sketched_cka
+from sonde.analysis.arrays.sketches import Sketched, _hsic, sketched_cka
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
 from sonde.log import LogArray, LogWriter, Run, open_run
 from sonde.log.format.files import write_run_file

@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sonde.analysis._select import measure_log, run_labels
+from sonde.analysis.sides.select import measure_log, run_labels
 from sonde.exceptions import InvalidInputError, MismatchError
 
 from ._drawing import (

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sonde.analysis.arrays import kernels
+from sonde.analysis.arrays.sketches import Sketched, is_large_enough, sketched_cka
 from sonde.exceptions import (
     InvalidInputError,
     LayerNotFoundError,
@@ -17,10 +19,8 @@ from sonde.exceptions import (
 )
 from sonde.log.relative import is_rounding, split
 
-from . import kernels
-from ._examples import Indices
-from ._select import overflows_half
-from ._sketches import Sketched, is_large_enough, sketched_cka
+from .examples import Indices
+from .select import overflows_half
 
 if TYPE_CHECKING:
     from sonde.log import MeasureLog
