@@ -1,8 +1,8 @@
 """Offline analysis of recorded runs: no model, no torch, no GPU.
 
 Each analysis is a function of runs that returns an xarray object with named dimensions, on top of
-pure functions of arrays (`kernels` and the modules of the analyses). `plots` draws the results; it
-is imported on first use, so that an analysis does not import matplotlib.
+pure functions of arrays (`kernels`, `null` and the modules of the analyses). `plots` draws the
+results; it is imported on first use, so that an analysis does not import matplotlib.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sonde.log.predictions import predicted_classes
 
-from .arrays import kernels
+from .arrays import kernels, null
 from .boundary import fragmentation, reproducibility
 from .cka import cka, cka_over_steps
 from .stiffness import stiffness
@@ -25,6 +25,7 @@ __all__ = [
     "cka_over_steps",
     "fragmentation",
     "kernels",
+    "null",
     "plots",
     "predicted_classes",
     "reproducibility",
