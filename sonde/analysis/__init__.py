@@ -13,7 +13,8 @@ from sonde.log.predictions import predicted_classes
 
 from .arrays import kernels, null
 from .boundary import fragmentation, reproducibility
-from .cka import cka, cka_over_steps
+from .cka import cka
+from .over_steps import cka_over_steps
 from .stiffness import stiffness
 from .sweep import sweep
 

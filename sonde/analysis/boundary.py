@@ -8,7 +8,7 @@ labels [triplets, rows, columns].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +18,12 @@ import xarray as xr
 from scipy import ndimage
 
 from sonde.analysis.arrays.kernels import Array
-from sonde.analysis.sides.families import (
-    By,
-    Grouped,
-    Runs,
-    are_several,
-    combine,
-    group,
-    over_runs,
-    say_lacking,
-)
+from sonde.analysis.sides.families import By, Runs, are_several, over_pairs, over_runs
 from sonde.analysis.sides.select import measure_log, run_labels, select_steps
 from sonde.exceptions import InvalidInputError, MismatchError
 
 if TYPE_CHECKING:
-    from sonde.log import Family, Run
-    from sonde.log.configs import Value
+    from sonde.log import Run
 
 Labels = npt.NDArray[Any]  # Any: an integer type wide enough for the classes.
 
@@ -215,8 +205,9 @@ def reproducibility(
     """
     if by is not None:
         # The interval of a pair is not kept.
-        each = partial(reproducibility, step=step, source=source, num_resamples=1)
-        return _over_pairs(group(runs, by), each)
+        return over_pairs(
+            runs, by, partial(_agreement_of_pair, step=step, source=source), "reproducibility"
+        )
     if len(runs) < 2:
         raise InvalidInputError(f"`runs` has {len(runs)} runs; expected at least 2 to compare")
     logs = [measure_log(run, "decision_planes", source) for run in runs]
@@ -255,33 +246,11 @@ def reproducibility(
     )
 
 
-def _over_pairs(grouped: Grouped, compare: Callable[[Family], xr.Dataset]) -> xr.Dataset:
-    """Average the comparisons of the pairs of runs of each group.
-
-    Raises:
-        InvalidInputError: If no group has two runs.
-    """
-    found: dict[tuple[Value, ...], list[xr.Dataset]] = {}
-    used: list[str] = []
-    for values, family in grouped.groups.items():
-        if len(family) < 2:
-            where = ", ".join(f"{k}={v}" for k, v in zip(grouped.keys, values, strict=True))
-            grouped.lacking.append(f"{family.names[0]}, the only one with {where}")
-            continue
-        pairs = compare(family)[["agreement", "chance", "kappa"]].drop_vars("step")
-        found[values] = [
-            pairs.isel(run=row, other_run=column, drop=True)
-            for row, column in zip(*np.triu_indices(len(family), 1), strict=True)
-        ]
-        used += family.names
-    if not found:
-        raise InvalidInputError(
-            f"no two runs have the same {' and '.join(grouped.keys)}; nothing to compare"
-        )
-    say_lacking(grouped, "reproducibility", stacklevel=4)
-    result = combine(grouped.keys, found).rename(num_runs="num_pairs")
-    result.attrs = {"runs": used, "by": grouped.keys, "lacking": grouped.lacking}
-    return result
+def _agreement_of_pair(run: Run, other: Run, *, step: int, source: str | None) -> xr.Dataset:
+    """Compare two runs; the interval of a pair is not kept."""
+    result = reproducibility([run, other], step=step, source=source, num_resamples=1)
+    pair = result[["agreement", "chance", "kappa"]].drop_vars("step")
+    return pair.isel(run=0, other_run=1, drop=True)
 
 
 def fragmentation(

@@ -1,4 +1,4 @@
-"""Compare layers by CKA: within a run, between runs, between steps.
+"""Compare layers by CKA: within a run, between runs, between steps, over families of runs.
 
 The estimators are those of `sonde.analysis.kernels`. Layer by layer maps of this kind are figure 1
 of Nguyen, Raghu and Kornblith (2021), "Do Wide and Deep Networks Learn the Same Things?".
@@ -8,51 +8,68 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
-from sonde.analysis.arrays import kernels
 from sonde.analysis.sides.centring import (
     Lost,
-    Side,
-    center_layer,
+    Treatment,
     center_layers,
     common_blocks,
-    compare,
     lost_messages,
 )
-from sonde.analysis.sides.examples import Matched, match
-from sonde.analysis.sides.select import (
-    measure_log,
-    select_layers,
-    select_other_layers,
-    select_steps,
-)
-from sonde.log.relative import BESIDE
+from sonde.analysis.sides.examples import Matched, leave_out, match
+from sonde.analysis.sides.families import By, Runs, are_several, over_pairs, over_runs
+from sonde.analysis.sides.maps import Chance, compared, finished, stacked_over
+from sonde.analysis.sides.select import measure_log, select_layers, select_other_layers
+from sonde.analysis.sides.stated import count_examples, features_of, treated_estimator_of
+from sonde.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
-    from sonde.log import MeasureLog, Run
+    from sonde.log import Run
 
-_OF_SKETCHES = (
-    "HSIC corrected for the sketch; the ratio is biased upwards by a few percent where the sketch "
-    "is small, and standard_error is up to 3 times too large"
-)
-_TWO_RUNS = "cka compares two runs: cka(a, b)"
-_ONE_RUN = "cka_over_steps takes one run: call it for each of them"
+_TWO_RUNS = "cka compares two runs: cka(a, b), or the pairs of several: cka(runs, between=True)"
+
+Ids = Sequence[int] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `cka` was asked for, beside the runs."""
+
+    step: int
+    other_step: int | None
+    layers: str | Sequence[str] | None
+    other_layers: str | Sequence[str] | None
+    source: str | None
+    treatment: Treatment
+    without: Ids | None
+    chance: Chance
 
 
 def cka(
-    run: Run,
+    run: Runs,
     other: Run | None = None,
     *,
+    by: By = None,
+    between: bool = False,
     step: int = -1,
     other_step: int | None = None,
     layers: str | Sequence[str] | None = None,
     other_layers: str | Sequence[str] | None = None,
     source: str | None = None,
     unbiased: bool = True,
+    bandwidth: float | Sequence[float] | None = None,
+    without: Ids | None = None,
+    remove_components: int = 0,
+    null: int = 0,
+    intervals: int = 0,
+    level: float = 0.05,
+    seed: int = 0,
 ) -> xr.DataArray:
     """Compare every layer of a run with every layer of another run, or of itself, by CKA.
 
@@ -64,183 +81,176 @@ def cka(
     A layer kept by `Sketch` has a projection error. Its HSIC is corrected so that it is right on
     average; CKA, the ratio, is biased upwards by 3 to 5 % at 64 numbers and 1 % at 256 in
     simulations. The coordinate `standard_error` is a cautious estimate, 1.3 to 3 times too large
-    there. A layer with itself is 1, without error.
+    there. A layer with itself is 1, without error. With a `bandwidth` or `remove_components`
+    nothing is corrected, which the estimator in the attributes says.
 
     A side kept in blocks of examples is compared with the same blocks of the other.
 
-    Memory: 8 * (layers + other_layers) * examples² bytes, and the sketches.
+    Memory: 8 * (layers + other_layers) * examples² bytes, and the sketches; with `null` half as
+    much again, and 8 * null * layers * other_layers.
 
     Args:
-        run: Run with the measure `activations`.
-        other: Run to compare with; `run` itself if None.
+        run: Run with the measure `activations`, or several, over which means are taken.
+        other: Run to compare with; `run` itself if None. Each of several runs is compared with it.
+        by: Configuration keys that group several runs; each becomes a dimension.
+        between: Compare the pairs of different runs of each group (the earlier with the later)
+            instead of each run with itself.
         step: Recorded step of `run`; negative counts from the last recorded.
         other_step: Recorded step of the other side; `step` if None.
         layers: Names or globs of the layers of `run`; all if None.
         other_layers: Names or globs of the layers of the other side; `layers` if None.
         source: Source of the examples; the default source of the measure if None.
         unbiased: Debiased CKA, the ratio of HSIC₁, instead of the biased one.
+        bandwidth: Of an RBF kernel, as a fraction of the root of the median squared distance
+            between examples; the linear kernel if None. Several make a dimension `bandwidth`.
+        without: Ids of examples that are left out on both sides.
+        remove_components: How many leading principal components are removed from each layer.
+        null: How many permutations of the examples of one side the null is made of; 200 allow
+            p-values down to 1/201.
+        intervals: How many halves of the examples the intervals are made of.
+        level: The probability that chance exceeds the null's quantile, and that an interval misses.
+        seed: Seed of the permutations and halves, which all runs of a family share.
 
     Returns:
-        CKA [layer, other_layer]: 0 unrelated, 1 equal up to rotation and scale; debiased values of
-        unrelated layers scatter around 0 and may be negative. Attributes hold the estimator, both
-        runs and steps, the source and the number of examples compared. Where a layer is a sketch
-        there is a coordinate `standard_error` [layer, other_layer].
+        CKA [*by, bandwidth, layer, other_layer], without the dimensions not asked for: 0 unrelated,
+        1 equal up to rotation and scale; debiased values of unrelated layers scatter around 0 and
+        may be negative. Attributes hold the estimator, both runs and steps, the source and the
+        number of examples compared. What else is known stands in coordinates of the same shape:
+
+        - `standard_error`, where a layer is a sketch,
+        - `spread` (standard deviation over runs or pairs, n - 1) and `num_runs` or `num_pairs`
+          [*by], of several runs; `num_values`, where layers are not in all of them,
+        - with `null`: `null_mean`, `null_quantile`, `p_value` (1 + #{null ≥ value}) / (null + 1),
+          `calibrated` (0 is the quantile, 1 stays), and against the largest value of a permuted
+          map `null_maximum` [*by], `p_value_of_maximum`, which holds for all pairs together, and
+          `calibrated_by_maximum`,
+        - with `intervals`: `low` and `high`.
 
     Raises:
+        InvalidInputError: If `other` is no single run, ids to leave out are not there, or a number
+            is out of its range.
         LayerNotFoundError: If a name or glob fits no layer of a side.
+        MeasureNotFoundError: If no run has the measure.
         MismatchError: If the sides do not share at least 4 examples, have no ids, have other
             targets under the same ids, or were kept in different blocks.
 
     Example::
 
-        similarity = sonde.analysis.cka(run, layers=["layer*.*"])
+        similarity = sonde.analysis.cka(run, layers=["layer*.*"], null=200)
         similarity.sel(layer="layer1.0", other_layer="layer4.1")
+        similarity.where(similarity.p_value_of_maximum <= 0.05)
     """
+    _check(remove_components=remove_components, null=null, intervals=intervals)
+    chance = Chance(null, intervals, level, seed)
+    treatment = Treatment(unbiased, None, remove_components)
+    request = _Request(step, other_step, layers, other_layers, source, treatment, without, chance)
+    messages: dict[str, None] = {}
+
+    def one(a: Run, b: Run | None = None) -> xr.Dataset:
+        return _maps(a, b, request, bandwidth, messages)
+
+    if not are_several(run):
+        if between or by is not None:
+            raise InvalidInputError("`between` and `by` take several runs; one run was given")
+        averaged = one(run, other)
+    elif between:
+        if other is not None:
+            raise InvalidInputError(
+                "`between` compares the runs with each other; leave out `other`"
+            )
+        averaged = over_pairs(run, by, one, "CKA", no_spread=_DRAWN)
+    else:
+        averaged = over_runs(run, by, lambda each: one(each, other), "CKA", no_spread=_DRAWN)
+    for message in messages:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    is_within = other is None and not between and other_step in (None, step)
+    once = is_within and list(averaged["layer"].values) == list(averaged["other_layer"].values)
+    ends = (-np.inf, 1.0) if unbiased else (0.0, 1.0)
+    return finished(averaged, "cka", chance, once=once, ends=ends)
+
+
+_DRAWN = ("null", "halves", "variance")
+
+
+def _maps(
+    run: Run,
+    other: Run | None,
+    request: _Request,
+    bandwidth: float | Sequence[float] | None,
+    messages: dict[str, None],
+) -> xr.Dataset:
+    """Compare two sides with one kernel or several.
+
+    Raises:
+        InvalidInputError: If a bandwidth is not above 0, or none is in the list.
+    """
+
+    def make(width: float | None) -> xr.Dataset:
+        treated = replace(request.treatment, bandwidth=width)
+        return _map(run, other, replace(request, treatment=treated), messages)
+
+    for width in np.atleast_1d([] if bandwidth is None else bandwidth):
+        if not width > 0:
+            raise InvalidInputError(f"`bandwidth` (={width}) must be > 0")
+    if bandwidth is None or isinstance(bandwidth, (int, float)):
+        made = make(bandwidth)
+        return made if bandwidth is None else made.assign_attrs(bandwidth=bandwidth)
+    if not len(bandwidth):
+        raise InvalidInputError("`bandwidth` is empty; expected at least one, or None for linear")
+    return stacked_over("bandwidth", bandwidth, make)
+
+
+def _map(run: Run, other: Run | None, request: _Request, messages: dict[str, None]) -> xr.Dataset:
+    """Compare two sides; see `cka`."""
+    source, treatment = request.source, request.treatment
     log = measure_log(run, "activations", source, _TWO_RUNS)
     other_log = log if other is None else measure_log(other, "activations", source, _TWO_RUNS)
-    at = log.resolve_step(step)
-    other_at = other_log.resolve_step(step if other_step is None else other_step)
-    names = select_layers(log, layers)
-    other_names = select_other_layers(other_log, layers, other_layers)
+    at = log.resolve_step(request.step)
+    other_at = other_log.resolve_step(
+        request.step if request.other_step is None else request.other_step
+    )
+    names = select_layers(log, request.layers)
+    other_names = select_other_layers(other_log, request.layers, request.other_layers)
     same = other_log is log and other_at == at
     matched = Matched() if same else match(log, at, other_log, other_at, "CKA")
+    if request.without is not None:
+        matched = leave_out(log, other_log, matched, request.without)
     sizes = common_blocks([(log, at, names), (other_log, other_at, other_names)])
 
     lost: Lost = {}
-    side = center_layers(log, at, names, matched.rows, sizes, unbiased, lost)
+    side = center_layers(log, at, names, matched.rows, sizes, treatment, lost)
     other_side = None
     if not same or other_names != names:
         rows = matched.other_rows
-        other_side = center_layers(other_log, other_at, other_names, rows, sizes, unbiased, lost)
-    values, errors = compare(side, other_side, unbiased)
-    for message in matched.messages + lost_messages(lost):
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return xr.DataArray(
-        values,
-        dims=("layer", "other_layer"),
-        coords={"layer": names, "other_layer": other_names}
-        | ({} if errors is None else {"standard_error": (("layer", "other_layer"), errors)}),
-        name="cka",
+        other_side = center_layers(other_log, other_at, other_names, rows, sizes, treatment, lost)
+    made = compared(side, other_side, treatment.unbiased, request.chance)
+    num_examples, left_out = count_examples(log, side.sizes, treatment.unbiased)
+    messages.update(dict.fromkeys([*matched.messages, *lost_messages(lost), *left_out]))
+    errors = made["variance"][1] if "variance" in made else None
+    streams = {field for each in (log, other_log) for _, field in each.streams}
+    return xr.Dataset(
+        made,
+        coords={"layer": names, "other_layer": other_names},
         attrs={
-            "estimator": _estimator(unbiased, errors),
+            "estimator": treated_estimator_of(treatment, errors, is_sketched="sketch" in streams),
             "run": run.name,
             "other_run": other_log.run.name,
             "step": at,
             "other_step": other_at,
             "source": log.source,
-            "features": _features_of(log),
-            "other_features": _features_of(other_log),
-            "num_examples": _num_examples(log, side.sizes, unbiased),
+            "features": features_of(log),
+            "other_features": features_of(other_log),
+            "num_examples": num_examples,
         },
     )
 
 
-def cka_over_steps(
-    run: Run,
-    *,
-    layers: str | Sequence[str] | None = None,
-    reference: int = -1,
-    steps: Sequence[int] | None = None,
-    source: str | None = None,
-    unbiased: bool = True,
-) -> xr.DataArray:
-    """Compare each layer at each step with itself at a reference step.
-
-    Memory: 8 * layers * examples² bytes, whatever the number of steps.
-
-    Args:
-        run: Run with the measure `activations`, from a fixed set of examples.
-        layers: Names or globs of the layers; all if None.
-        reference: Recorded step to compare with; negative counts from the last recorded.
-        steps: Recorded steps to compare; all if None.
-        source: Source of the examples; the default source of the measure if None.
-        unbiased: Debiased CKA, the ratio of HSIC₁, instead of the biased one.
-
-    Returns:
-        CKA [step, layer]; 1 at the reference step. NaN, with a warning that names the layers,
-        where a layer was not recorded, has no variance or is not finite. Where one was kept by
-        `Sketch`, there is a coordinate `standard_error` [step, layer]; see `cka`.
+def _check(**numbers: int) -> None:
+    """Refuse negative numbers.
 
     Raises:
-        MismatchError: If the run has no ids for these examples, so that they may change from step
-            to step, or its examples changed under the same ids when it was resumed.
-
-    Example::
-
-        sonde.analysis.cka_over_steps(run, reference=0).sel(layer="fc")
+        InvalidInputError: If one is.
     """
-    log = measure_log(run, "activations", source, _ONE_RUN)
-    selected = select_steps(log, steps)
-    at = log.resolve_step(reference)
-    names = select_layers(log, layers)
-    messages: dict[str, None] = {}
-    for step in selected:
-        if step != at:
-            messages.update(dict.fromkeys(match(log, step, log, at, "CKA").messages))
-    sizes = common_blocks([(log, step, names) for step in dict.fromkeys([at, *selected])])
-    lost: Lost = {}
-    references = center_layers(log, at, names, None, sizes, unbiased, lost)
-    values = np.full((len(selected), len(names)), np.nan)
-    errors = np.zeros_like(values)
-    is_sketched = False
-    for row, step in enumerate(selected):
-        for column, name in enumerate(names):
-            found = center_layer(log, step, name, None, sizes, unbiased, lost)
-            if found is not None:
-                vector, sketch = found
-                current = Side(vector[None], references.sizes, [sketch])
-                before = Side(
-                    references.stack[column : column + 1],
-                    references.sizes,
-                    [references.rows[column]],
-                )
-                value, error = compare(before, None if step == at else current, unbiased)
-                values[row, column] = value[0, 0]
-                errors[row, column] = 0 if error is None else error[0, 0]
-                is_sketched = is_sketched or error is not None
-    for message in [*messages, *lost_messages(lost)]:
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return xr.DataArray(
-        values,
-        dims=("step", "layer"),
-        coords={"step": selected, "layer": names}
-        | ({"standard_error": (("step", "layer"), errors)} if is_sketched else {}),
-        name="cka",
-        attrs={
-            "estimator": _estimator(unbiased, errors if is_sketched else None),
-            "run": run.name,
-            "reference_step": at,
-            "source": log.source,
-            "features": _features_of(log),
-            "num_examples": _num_examples(log, references.sizes, unbiased),
-        },
-    )
-
-
-def _num_examples(log: MeasureLog, sizes: list[int], unbiased: bool) -> int:
-    """Count the examples compared, and warn of blocks too small to be centred."""
-    if len(sizes) < 2:
-        return sizes[0]
-    used = [size for size in sizes if size >= (4 if unbiased else 2)]
-    if sum(used) < sum(sizes):
-        warnings.warn(
-            f"CKA leaves out {sum(sizes) - sum(used)} examples of '{log.source}' in run "
-            f"'{log.run.name}': they are a block of fewer than 4",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return sum(used)
-
-
-def _features_of(log: MeasureLog) -> str:
-    """Say what was compared: flattened or pooled feature maps, and from which store."""
-    stores = sorted({field for _, field in log.streams} - set(BESIDE.values()))
-    for measure in log.run.info.get("measures") or []:
-        if (measure.get("measure"), measure.get("source")) == (log.measure, log.source):
-            return f"{measure.get('features', 'as recorded')} ({', '.join(stores)})"
-    return f"as recorded ({', '.join(stores)})"
-
-
-def _estimator(unbiased: bool, errors: kernels.Array | None) -> str:
-    estimator = "unbiased" if unbiased else "biased"
-    return estimator if errors is None else _OF_SKETCHES if unbiased else f"biased {_OF_SKETCHES}"
+    for name, number in numbers.items():
+        if number < 0:
+            raise InvalidInputError(f"`{name}` (={number}) must be at least 0")

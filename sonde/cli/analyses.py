@@ -1,10 +1,8 @@
-"""The commands that analyze: `sonde cka`, `sonde stiffness` and `sonde boundary`."""
+"""The commands that analyze a training: `sonde stiffness` and `sonde boundary`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +11,7 @@ from sonde.exceptions import InvalidInputError
 
 from . import results
 from .console import plural, say, working
-from .options import CsvPath, FigurePath, Rank, RunPath, RunPaths, Source, open_all, open_one
+from .options import CsvPath, FigurePath, Rank, RunPaths, Source, numbers, open_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,67 +30,6 @@ class Drawing(str, Enum):
     PLANES = "planes"
     REGIONS = "regions"
     AGREEMENT = "agreement"
-
-
-def cka(
-    run: RunPath,
-    other: Annotated[
-        Path | None,
-        typer.Argument(metavar="OTHER", help="Run to compare with; default: RUN itself."),
-    ] = None,
-    step: Annotated[int, typer.Option(help="Recorded step; -1 is the last.")] = -1,
-    other_step: Annotated[
-        int | None, typer.Option(help="Step of the other side; default: the same.")
-    ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only these layers; repeat it, or separate by commas."),
-    ] = None,
-    source: Source = None,
-    rank: Rank = None,
-    biased: Annotated[bool, typer.Option("--biased", help="The biased estimator.")] = False,
-    figure: FigurePath = None,
-    csv: CsvPath = None,
-) -> None:
-    """Compare layers by CKA: within a run, between two runs, or between two steps.
-
-    1 means equal up to rotation and scale, 0 unrelated. The estimator is the debiased one unless
-    --biased is given. Examples are matched by their ids.
-
-    Examples:
-        sonde cka runs/seed0
-        sonde cka runs/seed0 runs/seed1 --figure cka.png
-        sonde cka runs/seed0 --step 0 --other-step -1
-        sonde cka runs/seed0 --layers "conv*,fc" --csv cka.csv
-        sonde cka runs/seed0 --rank 0
-    """
-    from sonde import analysis
-
-    results.check_figure(figure)
-    with working("comparing layers"):
-        similarity = analysis.cka(
-            open_one(run, rank),
-            None if other is None else open_one(other, rank),
-            step=step,
-            other_step=other_step,
-            layers=None if layers is None else _split(layers),
-            source=source,
-            unbiased=not biased,
-        )
-    about = similarity.attrs
-    estimator = "biased CKA" if biased else "debiased CKA"
-    if "standard_error" in similarity.coords:
-        estimator = f"{'biased ' if biased else ''}CKA corrected for the sketch"
-    sides = dict.fromkeys(
-        [f"{run}, step {about['step']}", f"{other or run}, step {about['other_step']}"]
-    )
-    examples = plural(about["num_examples"], "example")
-    title = f"{estimator} of {' and '.join(sides)}, {examples} of '{about['source']}'"
-    results.print_cka(similarity, title)
-    if csv is not None:
-        results.write_matrix(csv, similarity)
-    if figure is not None:
-        results.write_figure(figure, analysis.plots.cka(similarity))
 
 
 def stiffness(
@@ -127,7 +64,7 @@ def stiffness(
 
     results.check_figure(figure)
     opened = open_all(runs, rank)
-    chosen = None if steps is None else _numbers(steps)
+    chosen = None if steps is None else numbers("steps", steps)
     found = {}
     with working("stiffness", total=len(opened)) as start:
         for name, run in opened.items():
@@ -221,16 +158,3 @@ def boundary(
 def _check_drawing(draw: Drawing, num_runs: int) -> None:
     if draw is Drawing.AGREEMENT and num_runs < 2:
         raise InvalidInputError("--draw agreement compares runs; name at least 2")
-
-
-def _split(texts: Sequence[str]) -> list[str]:
-    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _split([text])]
-    except ValueError:
-        raise InvalidInputError(
-            f"`--steps` (={text}) must be whole numbers separated by commas, such as 0,100,-1"
-        ) from None

@@ -17,13 +17,14 @@ import typer
 
 from sonde.exceptions import InvalidInputError, RunNotFoundError
 
-from .analyses import boundary, cka, stiffness
+from .analyses import boundary, stiffness
 from .console import Group, help_of, say, working
 from .export import export
 from .families import choose, config_columns, print_groups, sweep
 from .options import Json, RunPath, RunPaths, Where, open_all, use_no_window
 from .run import Launched, run_script
 from .show import print_overviews, print_run
+from .similarity import cka
 
 app = typer.Typer(
     cls=Group,

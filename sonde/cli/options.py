@@ -44,7 +44,48 @@ Where = Annotated[
         show_default=False,
     ),
 ]
+By = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY,KEY",
+        help="Group runs by these configuration keys.",
+        show_default=False,
+    ),
+]
+Null = Annotated[
+    int, typer.Option(metavar="N", help="Permute the examples N times, and judge by that.")
+]
+Intervals = Annotated[
+    int, typer.Option(metavar="N", help="Make intervals from N halves of the examples.")
+]
+NcPath = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write all of it as netCDF, for xarray.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def split(texts: Sequence[str] | None) -> list[str] | None:
+    """Split options that may hold several values at commas; None stays."""
+    if texts is None:
+        return None
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Read whole numbers separated by commas.
+
+    Raises:
+        InvalidInputError: If they are none.
+    """
+    from sonde.exceptions import InvalidInputError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidInputError(
+            f"`--{option}` (={text}) must be whole numbers separated by commas, such as 0,100,-1"
+        ) from None
 
 
 def open_one(path: Path, rank: int | None) -> Run:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from sonde.exceptions import InvalidInputError
 
@@ -41,6 +44,24 @@ def print_cka(similarity: xr.DataArray, title: str) -> None:
     )
 
 
+def print_maps(similarity: xr.DataArray, title: str) -> None:
+    """Print a map, or one for each group of runs."""
+    keys = [str(key) for key in similarity.dims[:-2]]
+    if not keys:
+        print_cka(similarity, title)
+        return
+    console().print(title)
+    stacked = similarity.stack(row=keys, create_index=False).transpose("row", ...)
+    for part in stacked:
+        count = next((name for name in ("num_runs", "num_pairs") if name in part.coords), None)
+        if count is not None and not int(part[count]):
+            continue
+        values = ", ".join(f"{key} {part[key].item()}" for key in keys)
+        number = "" if count is None else f" ({int(part[count])} {count.removeprefix('num_')})"
+        console().print()
+        print_cka(part, f"{values}{number}")
+
+
 def _print_matrix(similarity: xr.DataArray, layers: list[str], others: list[str]) -> None:
     out = console()
     numbers = [str(column) for column in range(len(others))]
@@ -53,6 +74,10 @@ def _print_matrix(similarity: xr.DataArray, layers: list[str], others: list[str]
 def _with_errors(similarity: xr.DataArray, row: int) -> list[str]:
     """Write the values of a row, with ± the standard error where there is one."""
     texts = [number_text(value) for value in similarity.values[row]]
+    if "p_value_of_maximum" in similarity.coords:
+        p = similarity["p_value_of_maximum"].values[row]
+        level = similarity.attrs["level"]
+        texts = [f"{text}*" if at <= level else text for text, at in zip(texts, p, strict=True)]
     if "standard_error" not in similarity.coords:
         return texts
     errors = similarity["standard_error"].values[row]
@@ -156,11 +181,55 @@ def number_text(value: float) -> str:
 
 
 def write_matrix(path: Path, similarity: xr.DataArray) -> None:
-    """Write a CKA map as CSV, with the layers as first row and column."""
+    """Write a CKA map as CSV, with the layers as first row and column, or a row per pair.
+
+    A row per pair holds all that is known of it, as do maps of groups of runs.
+    """
+    extra = [str(name) for name in similarity.coords if name not in similarity.dims]
+    if similarity.ndim > 2 or extra:
+        _write_pairs_of_layers(path, similarity, extra)
+        return
     header = ["layer", *_names(similarity, "other_layer")]
     names = _names(similarity, "layer")
     rows = ([name, *row] for name, row in zip(names, similarity.values.tolist(), strict=True))
     write_csv(path, header, rows)
+
+
+def _write_pairs_of_layers(path: Path, similarity: xr.DataArray, extra: list[str]) -> None:
+    name = str(similarity.name)
+    dims = [str(dim) for dim in similarity.dims]
+    frame = similarity.to_dataset(name=name).reset_coords(extra).to_dataframe(dim_order=dims)
+    columns = [name, *extra]
+    rows = (
+        [*(index if isinstance(index, tuple) else (index,)), *values]
+        for index, values in zip(frame.index, frame[columns].values.tolist(), strict=True)
+    )
+    write_csv(path, [*dims, *columns], rows)
+
+
+def write_nc(path: Path, result: xr.DataArray | xr.Dataset) -> None:
+    """Write all of a result as netCDF, and say so.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    result.to_netcdf(path, engine="h5netcdf")
+    console().print(f"wrote {path}", soft_wrap=True)
+
+
+def print_json(result: xr.DataArray | xr.Dataset) -> None:
+    """Print a result as JSON: dimensions, coordinates, values and attributes; null for NaN."""
+    typer.echo(json.dumps(_plain(result.to_dict()), indent=1))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
 def write_steps(path: Path, found: Mapping[str, xr.Dataset], columns: Sequence[str]) -> None:

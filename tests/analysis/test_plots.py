@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 
 from sonde.analysis import fragmentation, plots, reproducibility
@@ -96,6 +96,58 @@ def test_cka_over_steps_has_the_steps_below(similarity: xr.DataArray) -> None:
     figure = plots.cka(over_steps)
     assert _names(figure.axes[0], "x") == ["0", "100"]
     assert figure.axes[1].get_ylabel() == "CKA with step 100"
+
+
+def test_the_model_itself_is_called_so(similarity: xr.DataArray) -> None:
+    axes = plots.cka(similarity.assign_coords(layer=["", "fc"])).axes[0]
+    assert _names(axes, "y") == ["(model)", "fc"]
+
+
+def test_cka_outlines_what_is_beyond_chance(similarity: xr.DataArray) -> None:
+    p = [[0.01, 0.5, np.nan], [0.5, 0.5, np.nan]]
+    judged = similarity.assign_coords(p_value_of_maximum=(("layer", "other_layer"), p))
+    (outline,) = plots.cka(judged.assign_attrs(level=0.05)).axes[0].collections
+    assert isinstance(outline, LineCollection)
+    corners = np.concatenate(outline.get_segments())
+    assert len(outline.get_segments()) == 4
+    assert corners.min(0).tolist() == [-0.5, -0.5]
+    assert corners.max(0).tolist() == [0.5, 0.5]
+
+
+def test_cka_draws_a_coordinate_of_the_result(similarity: xr.DataArray) -> None:
+    spread = similarity.copy(data=np.full((2, 3), 0.25))
+    figure = plots.cka(similarity.assign_coords(spread=spread), show="spread")
+    assert _image(figure.axes[0]).tolist() == [[0.25] * 3] * 2
+    assert figure.axes[1].get_ylabel() == "debiased CKA, spread over runs"
+    with pytest.raises(InvalidInputError, match=r"`show` \(=calibrated\) is not known .*null=200"):
+        plots.cka(similarity, show="calibrated")
+
+
+def test_cka_of_groups_is_a_grid(similarity: xr.DataArray) -> None:
+    groups = xr.concat([similarity, similarity + 0.1], xr.Variable("width", [8, 64]))
+    grid = xr.concat([groups, groups], xr.Variable("depth", [1, 2]))
+    grid = grid.assign_coords(num_runs=(("depth", "width"), [[3, 3], [3, 0]]))
+    figure = plots.cka(grid)
+    assert [axes.get_title() for axes in figure.axes[:4]] == [
+        f"depth {depth}, width {width}" for depth in (1, 2) for width in (8, 64)
+    ]
+    np.testing.assert_array_equal(_image(figure.axes[3]), grid[1, 1].values)
+    assert _texts(figure.axes[3]) == ["no run"]
+    with pytest.raises(InvalidInputError, match=r"`ax` holds one map; .* of depth, width"):
+        plots.cka(grid, ax=figure.axes[0])
+
+
+def test_a_mean_is_not_titled_by_one_run(similarity: xr.DataArray) -> None:
+    mean = similarity.assign_coords(num_runs=3).assign_attrs(run=None, other_run=None)
+    axes = plots.cka(mean).axes[0]
+    assert (axes.get_title(), axes.get_ylabel()) == ("mean of 3 runs", "layer")
+
+
+def test_cka_is_drawn_on_given_axes(similarity: xr.DataArray) -> None:
+    figure, axes = plt.subplots()
+    assert plots.cka(similarity, ax=axes) is figure
+    np.testing.assert_array_equal(_image(axes), similarity.values)
+    plt.close(figure)
 
 
 def test_cka_refuses_other_results(similarity: xr.DataArray) -> None:

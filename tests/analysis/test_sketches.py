@@ -151,7 +151,7 @@ def test_a_whole_gram_is_cut_into_the_blocks_of_the_other_side(tmp_path: Path) -
 def test_lists_and_paths_are_no_runs(tmp_path: Path) -> None:
     run = _write_sketches(tmp_path / "run")
     with pytest.raises(InvalidInputError, match=r"list was given .*compares two runs: cka\(a, b\)"):
-        cka([run, run])  # type: ignore[arg-type]
+        cka(run, [run])  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"open it with sonde\.open_run"):
         cka(tmp_path / "run")  # type: ignore[arg-type]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
+import xarray as xr
 
-from .conftest import LAYERS, output_of, write_run
+from .conftest import LAYERS, error_of, output_of, write_run
 
 
 def test_cka_says_what_it_is(folder: Path) -> None:
@@ -24,6 +28,45 @@ def test_cka_prints_the_matrix_of_the_selected_layers(folder: Path) -> None:
     assert re.search(r"0 +conv1 +1\.00 +0\.\d\d *\n", printed)
     assert re.search(r"1 +fc +0\.\d\d +1\.00 *\n", printed)
     assert "relu" not in printed
+
+
+def test_cka_compares_layers_of_other_names(folder: Path) -> None:
+    printed = output_of("cka runs/seed0 runs/seed1 --layers conv* --other-layers fc")
+    assert re.search(r"conv1 +-?0\.\d\d *\n", printed)
+    assert len(re.findall(r"0\.\d\d", printed)) == 1
+
+
+def test_cka_marks_what_is_beyond_chance(folder: Path, tmp_path: Path) -> None:
+    printed = output_of(f"cka runs/seed0 --null 40 --intervals 9 --csv {tmp_path}/cka.csv")
+    assert "1.00*" in printed
+    rows = list(csv.DictReader((tmp_path / "cka.csv").read_text().splitlines()))
+    assert len(rows) == len(LAYERS) ** 2
+    first = next(row for row in rows if row["layer"] == row["other_layer"] == "fc")
+    assert float(first["p_value"]) == pytest.approx(1 / 41)
+    assert float(first["low"]) <= float(first["cka"]) + 1e-9
+
+
+def test_cka_of_a_family_is_a_map_per_group(folder: Path, tmp_path: Path) -> None:
+    printed = output_of(f"cka runs --by seed --nc {tmp_path}/cka.nc")
+    assert printed.startswith("debiased CKA of mean of 2 runs, step 30, 20 examples of 'probe'\n")
+    assert "seed 0 (1 runs)" in printed
+    with xr.open_dataarray(tmp_path / "cka.nc") as read:
+        assert read.dims == ("seed", "layer", "other_layer")
+
+
+def test_cka_of_pairs_is_printed_as_json(folder: Path) -> None:
+    printed = json.loads(output_of("cka runs --between --json"))
+    assert printed["coords"]["num_pairs"]["data"] == 1
+    assert np.array(printed["data"]).shape == (4, 4)
+
+
+def test_cka_of_three_runs_asks_what_is_meant(folder: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "third", 2)
+    assert "3 runs were given; take their --mean, group them --by" in error_of(
+        f"cka runs/seed0 runs/seed1 {tmp_path}/third"
+    )
+    assert "`--rank` is of one run or two" in error_of("cka runs --mean --rank 0")
+    assert "`--without` (=a) must be whole numbers" in error_of("cka runs/seed0 --without a")
 
 
 def test_cka_of_many_layers_is_summarised(tmp_path: Path) -> None:

@@ -78,5 +78,5 @@ def test_every_documented_example_runs(
             continue
         assert output_of(example)
         for option, file in pairwise(words):
-            if option in ("--figure", "--csv"):
+            if option in ("--figure", "--csv", "--nc"):
                 assert (tmp_path / file).stat().st_size > 0

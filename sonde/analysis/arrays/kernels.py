@@ -230,18 +230,62 @@ def rbf_gram(features: Real, threshold: float = 1.0) -> Array:
         raise InvalidInputError(f"`threshold` (={threshold}) must be > 0")
     x = _features(features)
     x = x - x.mean(axis=0)  # Distances do not change, but far fewer digits cancel.
-    product = x @ x.T
-    squares = np.diagonal(product)
-    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * product, 0)
-    np.fill_diagonal(distances, 0)
-    median = float(np.median(distances))
+    return rbf_of_grams([x @ x.T], threshold)[0]
+
+
+def rbf_of_grams(grams: Sequence[Real], threshold: float = 1.0) -> list[Array]:
+    """Compute the Gaussian kernel of features of which only linear Gram matrices are known.
+
+    See `rbf_gram`: d² of two examples is Kᵢᵢ + Kⱼⱼ - 2Kᵢⱼ. Of several blocks of examples there is
+    one bandwidth, from the distances inside all of them.
+
+    Args:
+        grams: Linear Gram matrices [examples, examples], one per block.
+        threshold: Bandwidth as a fraction of the root of the median squared distance, > 0.
+
+    Returns:
+        Gram matrices [examples, examples] with entries in (0, 1] and a diagonal of ones.
+
+    Raises:
+        InvalidInputError: If `threshold` is not positive, or if more than half of the pairs are at
+            distance zero.
+
+    Example:
+        >>> rbf_of_grams([np.array([[0.0, 0.0], [0.0, 1.0]])])[0].round(3)
+        array([[1.   , 0.368],
+               [0.368, 1.   ]])
+    """
+    if not threshold > 0:
+        raise InvalidInputError(f"`threshold` (={threshold}) must be > 0")
+    distances = [squared_distances(gram) for gram in grams]
+    median = float(np.median(np.concatenate([block.ravel() for block in distances])))
     if median == 0:
         raise InvalidInputError(
             "`features` has a median distance of 0 between examples: too many are equal "
             "for an RBF bandwidth"
         )
-    kernel: Array = np.exp(distances / (-2 * threshold**2 * median))
-    return kernel
+    return [np.exp(block / (-2 * threshold**2 * median)) for block in distances]
+
+
+def squared_distances(gram: Real) -> Array:
+    """Compute squared distances between examples from their inner products.
+
+    Args:
+        gram: Linear Gram matrix [examples, examples]; features may have any vector subtracted.
+
+    Returns:
+        Squared distances [examples, examples], not negative, zero on the diagonal.
+
+    Example:
+        >>> squared_distances(np.array([[1.0, 2.0], [2.0, 9.0]]))
+        array([[0., 6.],
+               [6., 0.]])
+    """
+    product = gram.astype(np.float64)
+    squares = np.diagonal(product)
+    distances: Array = np.maximum(squares[:, None] + squares[None, :] - 2 * product, 0)
+    np.fill_diagonal(distances, 0)
+    return distances
 
 
 def _features(features: Real) -> Array:
@@ -278,10 +322,9 @@ def _problem(gram: Real, unbiased: bool) -> str | None:
 
 def _centered(gram: Real, unbiased: bool) -> Array:
     """Center a copy of a valid matrix, with rounding error set to zero."""
-    precision = gram.dtype if np.issubdtype(gram.dtype, np.floating) else np.float64
     centered: Array = np.array(gram, dtype=np.float64)
     n = len(centered)
-    rounding = 10 * float(np.finfo(precision).eps) * float(np.linalg.norm(centered))
+    rounding = 10 * precision_of(gram) * float(np.linalg.norm(centered))
     if unbiased:
         np.fill_diagonal(centered, 0)
         means = centered.sum(axis=0) / (n - 2)
@@ -296,6 +339,12 @@ def _centered(gram: Real, unbiased: bool) -> Array:
     if np.linalg.norm(centered) <= rounding:
         centered[:] = 0
     return centered
+
+
+def precision_of(gram: Real) -> float:
+    """Return the rounding of the type of a matrix, that of float64 for integers."""
+    precision = gram.dtype if np.issubdtype(gram.dtype, np.floating) else np.float64
+    return float(np.finfo(precision).eps)
 
 
 def _stack(name: str, grams: Sequence[Real] | Real, unbiased: bool) -> Array:

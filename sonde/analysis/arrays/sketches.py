@@ -116,6 +116,18 @@ def is_large_enough(layer: Sketched, unbiased: bool) -> bool:
     return _hsic(layer, layer, unbiased).value > 0
 
 
+def self_products(layers: Sequence[Sketched | None], *, unbiased: bool = True) -> Array:
+    """Return HSIC of each layer with itself, up to scale and corrected for the sketch, [layers].
+
+    Args:
+        layers: The layers; None has none, which is NaN.
+        unbiased: Whether the Gram matrices are U-centred.
+    """
+    return np.array(
+        [np.nan if layer is None else _hsic(layer, layer, unbiased).value for layer in layers]
+    )
+
+
 def _ratio(both: _Hsic, own: _Hsic, other: _Hsic) -> tuple[float, float]:
     """Divide into CKA, and take the jackknife of it."""
     if not (own.value > 0 and other.value > 0):

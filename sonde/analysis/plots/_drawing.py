@@ -216,7 +216,8 @@ def name_handles(named: Mapping[str, xr.Dataset]) -> list[Line2D]:
 
 
 def names_of(values: xr.DataArray) -> list[str]:
-    return [label(value) for value in values.values.tolist()]
+    """Return the names along a dimension; the model itself, whose name is empty, is `(model)`."""
+    return [label(value) if value != "" else "(model)" for value in values.values.tolist()]
 
 
 def figure_of(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:

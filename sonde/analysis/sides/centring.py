@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sonde.analysis.arrays import kernels
+from sonde.analysis.arrays import components, kernels
 from sonde.analysis.arrays.sketches import Sketched, is_large_enough, sketched_cka
 from sonde.exceptions import (
     InvalidInputError,
@@ -27,6 +27,40 @@ if TYPE_CHECKING:
 
 # (run, layer, problem) -> the steps at which it was found, in order.
 Lost = dict[tuple[str, str, str], dict[int, None]]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with Gram matrices before they are compared.
+
+    Attributes:
+        unbiased: U-centring for HSIC₁ instead of HKH for HSIC₀.
+        bandwidth: Of the RBF kernel, as a fraction of the root of the median squared distance; the
+            linear kernel if None.
+        remove_components: How many leading principal components are removed from each layer.
+    """
+
+    unbiased: bool = True
+    bandwidth: float | None = None
+    remove_components: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether Gram matrices are left as they are."""
+        return self.bandwidth is None and not self.remove_components
+
+    def of(self, grams: Sequence[kernels.Array]) -> list[kernels.Array]:
+        """Return the blocks of a Gram matrix as they are compared.
+
+        Raises:
+            InvalidInputError: If there is no bandwidth, as most examples are equal.
+        """
+        made = list(grams)
+        if self.bandwidth is not None:
+            made = kernels.rbf_of_grams(made, self.bandwidth)
+        if self.remove_components:
+            made = [components.without_components(gram, self.remove_components) for gram in made]
+        return made
 
 
 @dataclass(frozen=True)
@@ -70,7 +104,7 @@ def center_layers(
     names: list[str],
     rows: Indices | None,
     sizes: list[int] | None,
-    unbiased: bool,
+    treatment: Treatment,
     lost: Lost,
 ) -> Side:
     """Center the Grams of layers into [layers, examples * examples]; NaN rows for lost layers.
@@ -82,7 +116,7 @@ def center_layers(
     stack: kernels.Array | None = None
     sketches: list[list[kernels.Array] | None] = [None] * len(names)
     for index, name in enumerate(names):
-        found = center_layer(log, step, name, rows, sizes, unbiased, lost)
+        found = center_layer(log, step, name, rows, sizes, treatment, lost)
         if found is None:
             continue
         centered, sketches[index] = found
@@ -107,7 +141,7 @@ def center_layer(
     name: str,
     rows: Indices | None,
     sizes: list[int] | None,
-    unbiased: bool,
+    treatment: Treatment,
     lost: Lost,
 ) -> tuple[kernels.Array, list[kernels.Array] | None] | None:
     """Center the Gram of one layer into [examples * examples], and its sketch, if it is one.
@@ -130,20 +164,23 @@ def center_layer(
         if rows is not None:
             if len(grams) > 1 or sizes is not None:
                 raise MismatchError(
-                    f"{where} is compared in blocks, which cannot be aligned by id: both sides "
-                    "need the same examples in the same order"
+                    f"{where} is compared in blocks, of which examples can be neither aligned by "
+                    "id nor left out: both sides need the same examples in the same order"
                 )
             grams = [grams[0][np.ix_(rows, rows)]]
         if sizes is not None:
             grams = _cut(grams, sizes, where)
         if all(np.isfinite(gram).all() for gram in grams):
-            centered = _centered_grams(grams, unbiased, where)
-            sketch = _sketch(log, step, name, rows, [len(gram) for gram in grams])
-            if not centered.any() or is_rounding(log, step, name):
+            centered, problem = _treated(grams, treatment, where)
+            if treatment.is_plain:
+                sketch = _sketch(log, step, name, rows, [len(gram) for gram in grams])
+            if problem is not None:
+                pass
+            elif not centered.any() or is_rounding(log, step, name):
                 centered[:] = 0
                 problem = "no variance over the examples"
             elif sketch is not None and not is_large_enough(
-                _sketched(centered, [len(gram) for gram in grams], sketch), unbiased
+                _sketched(centered, [len(gram) for gram in grams], sketch), treatment.unbiased
             ):
                 centered[:] = np.nan
                 problem = "a sketch too small for them (HSIC with themselves is not above 0)"
@@ -214,6 +251,18 @@ def _sketched(
     blocks = split(vector, [size**2 for size in sizes])
     pairs = zip(blocks, sizes, strict=True)
     return Sketched([block.reshape(size, size) for block, size in pairs], rows)
+
+
+def _treated(
+    grams: Sequence[kernels.Array], treatment: Treatment, where: str
+) -> tuple[kernels.Array, str | None]:
+    """Center the blocks of a Gram matrix, treated; NaN and the problem where that cannot be."""
+    try:
+        treated = treatment.of(grams)
+    except InvalidInputError:
+        size = sum(gram.size for gram in grams)
+        return np.full(size, np.nan), "a median distance of 0, so that there is no bandwidth"
+    return _centered_grams(treated, treatment.unbiased, where), None
 
 
 def _centered_grams(grams: Sequence[kernels.Array], unbiased: bool, where: str) -> kernels.Array:

@@ -7,12 +7,13 @@ the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sonde.exceptions import MismatchError
+from sonde.exceptions import InvalidInputError, MismatchError
 from sonde.log.format.inputs import same_inputs
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Indices = np.ndarray[Any, np.dtype[np.intp]]  # Any: the shape is always [examples].
 
 _MIN_EXAMPLES = 4
+_MAX_IDS = 5
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,62 @@ def match(log: MeasureLog, step: int, other: MeasureLog, other_step: int, what: 
     if len(common) < _MIN_EXAMPLES:
         raise MismatchError(
             f"{sides} share {len(common)} example ids in '{log.source}'; "
-            f"expected at least {_MIN_EXAMPLES}"
+            f"expected at least {_MIN_EXAMPLES}; the first ids are {first_ids(ids)} and "
+            f"{first_ids(other_ids)}"
         )
     order = np.argsort(rows)  # Keep the order of the first side.
     rows, other_rows = rows[order], other_rows[order]
     messages = _compare(log, step, other, other_step, rows, other_rows, what)
     if len(common) < max(len(ids), len(other_ids)):
-        messages.insert(0, f"{what} on the {len(common)} examples that {sides} share")
+        alone = np.setxor1d(ids, other_ids)
+        messages.insert(
+            0,
+            f"{what} on the {len(common)} examples that {sides} share; {len(alone)} are in one of "
+            f"them only: {first_ids(alone)}",
+        )
     return Matched(rows, other_rows, messages)
+
+
+def leave_out(
+    log: MeasureLog, other: MeasureLog, matched: Matched, ids: Sequence[int] | Indices
+) -> Matched:
+    """Leave out examples of two sides by their ids.
+
+    Args:
+        log: The measure of the first side.
+        other: The measure of the other side.
+        matched: Their common examples.
+        ids: What is left out.
+
+    Raises:
+        MismatchError: If the examples have no ids.
+        InvalidInputError: If some of `ids` are not among the examples, or fewer than 4 are left.
+    """
+    known = log.ids
+    if known is None:
+        raise MismatchError(no_ids(log))
+    rows = np.arange(len(known)) if matched.rows is None else matched.rows
+    wanted = np.unique(np.asarray(ids))
+    unknown = wanted[~np.isin(wanted, known[rows])]
+    if len(unknown):
+        raise InvalidInputError(
+            f"`without` names {len(unknown)} ids that '{log.source}' of run '{log.run.name}' has "
+            f"not, or does not share: {first_ids(unknown)}"
+        )
+    kept = ~np.isin(known[rows], wanted)
+    if np.count_nonzero(kept) < _MIN_EXAMPLES:
+        raise InvalidInputError(
+            f"`without` leaves {np.count_nonzero(kept)} examples of '{log.source}'; expected at "
+            f"least {_MIN_EXAMPLES}"
+        )
+    other_rows = rows if matched.other_rows is None else matched.other_rows
+    return Matched(rows[kept], other_rows[kept], matched.messages)
+
+
+def first_ids(ids: np.ndarray[Any, Any]) -> str:
+    """List the first ids of some."""
+    shown = ", ".join(str(one) for one in ids[:_MAX_IDS].tolist())
+    return shown + (", …" if len(ids) > _MAX_IDS else "")
 
 
 def no_ids(log: MeasureLog) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -123,6 +124,66 @@ def over_runs(
     combined.attrs = {
         **_common_attributes([result for results in found.values() for result in results]),
         "runs": used,
+        "by": grouped.keys,
+        "lacking": grouped.lacking,
+    }
+    return combined
+
+
+def over_pairs(
+    runs: Family | Sequence[Run],
+    by: By,
+    analyze: Callable[[Run, Run], xr.Dataset],
+    what: str,
+    *,
+    no_spread: Sequence[str] = (),
+) -> xr.Dataset:
+    """Analyze the pairs of runs of each group, and return means and spreads over the pairs.
+
+    Args:
+        runs: The runs.
+        by: The configuration keys that become dimensions.
+        analyze: What is done with the earlier and the later run of a pair.
+        what: What it is called, for messages.
+        no_spread: Variables whose spread says nothing.
+
+    Returns:
+        As `over_runs`, with `num_pairs` instead of `num_runs`.
+
+    Raises:
+        InvalidInputError: If there is no run, no run has a key, or no two are in one group.
+        MeasureNotFoundError: If no pair of runs has what is analyzed.
+    """
+    grouped = group(runs, by)
+    found: dict[tuple[Value, ...], list[xr.Dataset]] = {}
+    used: dict[str, None] = {}
+    first: Exception | None = None
+    for values, family in grouped.groups.items():
+        names = family.names
+        if len(family) < 2:
+            where = [f"{key}={value}" for key, value in zip(grouped.keys, values, strict=True)]
+            grouped.lacking.append(
+                f"{names[0]}, the only one{' with ' * bool(where)}{', '.join(where)}"
+            )
+        for a, b in combinations(range(len(family)), 2):
+            try:
+                result = analyze(family[a], family[b])
+            except _LACKING as error:
+                first = first or error
+                grouped.lacking.append(f"{names[a]} and {names[b]} ({error})")
+            else:
+                found.setdefault(values, []).append(result)
+                used.update({names[a]: None, names[b]: None})
+    if not found and first is not None:
+        raise first
+    if not found:
+        same = f" have the same {' and '.join(grouped.keys)}" if grouped.keys else " were given"
+        raise InvalidInputError(f"no two runs{same}; nothing to compare")
+    say_lacking(grouped, what, stacklevel=4)
+    combined = combine(grouped.keys, found, no_spread=no_spread).rename(num_runs="num_pairs")
+    combined.attrs = {
+        **_common_attributes([result for results in found.values() for result in results]),
+        "runs": list(used),
         "by": grouped.keys,
         "lacking": grouped.lacking,
     }

@@ -62,7 +62,7 @@ def select_other_layers(
     except LayerNotFoundError as error:
         raise LayerNotFoundError(
             f"`layers` names the layers of both runs, but fits only the first; name those of run "
-            f"'{log.run.name}' by `other_layers`: {error}"
+            f"'{log.run.name}' by `other_layers` (--other-layers in the shell): {error}"
         ) from error
 
 
