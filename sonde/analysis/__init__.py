@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sonde.log.predictions import predicted_classes
 
 from .arrays import kernels, null
+from .blocks import blocks
 from .boundary import fragmentation, reproducibility
 from .cka import cka
 from .over_steps import cka_over_steps
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from . import plots
 
 __all__ = [
+    "blocks",
     "cka",
     "cka_over_steps",
     "fragmentation",

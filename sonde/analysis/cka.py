@@ -169,6 +169,34 @@ def cka(
     return finished(averaged, "cka", chance, once=once, ends=ends)
 
 
+def within(
+    run: Run,
+    step: int,
+    layers: str | Sequence[str] | None,
+    source: str | None,
+    unbiased: bool,
+    chance: Chance,
+    messages: dict[str, None],
+) -> xr.Dataset:
+    """Compare the layers of a run with each other, and keep all that was drawn.
+
+    Args:
+        run: The run.
+        step: Recorded step.
+        layers: Names or globs of the layers.
+        source: Source of the examples.
+        unbiased: Debiased CKA.
+        chance: What is drawn.
+        messages: What to warn of is added here.
+
+    Returns:
+        `value`, `null` and `halves`; see `sides.maps.compared`.
+    """
+    treatment = Treatment(unbiased)
+    request = _Request(step, None, layers, None, source, treatment, None, chance)
+    return _map(run, None, request, messages)
+
+
 _DRAWN = ("null", "halves", "variance")
 
 

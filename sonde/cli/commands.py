@@ -24,7 +24,7 @@ from .families import choose, config_columns, print_groups, sweep
 from .options import Json, RunPath, RunPaths, Where, open_all, use_no_window
 from .run import Launched, run_script
 from .show import print_overviews, print_run
-from .similarity import cka
+from .similarity import blocks, cka
 
 app = typer.Typer(
     cls=Group,
@@ -276,5 +276,17 @@ app.command(
     # Whatever follows the script is its own, options too.
     context_settings={"allow_interspersed_args": False},
 )(run_script)
-for _function in (ls, show, cka, stiffness, boundary, sweep, tensorboard, export, seal, verify):
+for _function in (
+    ls,
+    show,
+    cka,
+    blocks,
+    stiffness,
+    boundary,
+    sweep,
+    tensorboard,
+    export,
+    seal,
+    verify,
+):
     app.command(help=help_of(_function))(_function)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,8 +15,6 @@ from .console import console, plural, say, table, working
 from .options import CsvPath, FigurePath, RunPaths, Source, Where, open_family
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from .facts import Facts
 
 
@@ -73,45 +70,12 @@ def sweep(
         )
     scores = [name for name in _SCORES[of] if name in found]
     along = over if group is None else f"{over} and {group}"
-    say(f"{of.value} over {along}, mean ± spread of {plural(len(found.attrs['runs']), 'run')}")
-    _print_sweep(found, scores)
+    count = f"mean ± spread of {plural(len(found.attrs['runs']), 'run')}"
+    results.print_averages(found, f"{of.value} over {along}, {count}", scores)
     if csv is not None:
-        _write_sweep(csv, found, scores)
+        results.write_averages(csv, found, scores)
     if figure is not None:
         results.write_figure(figure, analysis.plots.sweep(found, scores[0]))
-
-
-def _rows(found: xr.Dataset) -> Iterable[tuple[list[Any], xr.Dataset]]:
-    """Yield the values of the keys and the scores of every combination that has runs."""
-    keys = found.attrs["by"]
-    flat = found.stack(row=keys, create_index=False)
-    for index in range(flat.sizes["row"]):
-        at = flat.isel(row=index)
-        if int(at["num_runs"]):
-            yield [at[key].item() for key in keys], at
-
-
-def _print_sweep(found: xr.Dataset, scores: Sequence[str]) -> None:
-    keys = found.attrs["by"]
-    rows = []
-    for values, at in _rows(found):
-        numbers = []
-        for score in scores:
-            mean, spread = float(at[score]), float(at[f"{score}_spread"])
-            error = f" ±{results.number_text(spread)}" if spread == spread else ""
-            numbers.append(f"{results.number_text(mean)}{error}")
-        rows.append([*map(str, values), str(int(at["num_runs"])), *numbers])
-    names = [score.replace("_", " ") for score in scores]
-    console().print(table([*keys, "runs", *names], rows, right=[*keys, "runs", *names]))
-
-
-def _write_sweep(path: Path, found: xr.Dataset, scores: Sequence[str]) -> None:
-    columns = [name for score in scores for name in (score, f"{score}_spread")]
-    rows = (
-        [*values, int(at["num_runs"]), *(float(at[name]) for name in columns)]
-        for values, at in _rows(found)
-    )
-    results.write_csv(path, [*found.attrs["by"], "num_runs", *columns], rows)
 
 
 def choose(overviews: Sequence[Facts], where: Sequence[str] | None) -> list[Facts]:

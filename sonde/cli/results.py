@@ -175,6 +175,46 @@ def print_reproducibility(result: xr.Dataset, labels: Sequence[str]) -> None:
     out.print(table(("run", "other run", *names), rows, right=names))
 
 
+def print_averages(found: xr.Dataset, title: str, scores: Sequence[str]) -> None:
+    """Print means and spreads over the runs of each group."""
+    out = console()
+    out.print(title)
+    keys = [str(key) for key in found.attrs["by"]]
+    rows = []
+    for values, at in _groups(found):
+        numbers = []
+        for score in scores:
+            mean, spread = float(at[score]), float(at[f"{score}_spread"])
+            error = "" if math.isnan(spread) else f" ±{number_text(spread)}"
+            numbers.append(f"{number_text(mean)}{error}")
+        rows.append([*map(str, values), str(int(at["num_runs"])), *numbers])
+    names = [score.replace("_", " ") for score in scores]
+    out.print(table([*keys, "runs", *names], rows, right=[*keys, "runs", *names]))
+
+
+def write_averages(path: Path, found: xr.Dataset, scores: Sequence[str]) -> None:
+    """Write means and spreads over the runs of each group as CSV."""
+    columns = [name for score in scores for name in (score, f"{score}_spread")]
+    rows = (
+        [*values, int(at["num_runs"]), *(float(at[name]) for name in columns)]
+        for values, at in _groups(found)
+    )
+    write_csv(path, [*found.attrs["by"], "num_runs", *columns], rows)
+
+
+def _groups(found: xr.Dataset) -> Iterable[tuple[list[object], xr.Dataset]]:
+    """Yield the values of the keys and the scores of every combination that has runs."""
+    keys = [str(key) for key in found.attrs["by"]]
+    if not keys:
+        yield [], found
+        return
+    flat = found.stack(row=keys, create_index=False)
+    for index in range(flat.sizes["row"]):
+        at = flat.isel(row=index)
+        if int(at["num_runs"]):
+            yield [at[key].item() for key in keys], at
+
+
 def number_text(value: float) -> str:
     """Write a number with two digits; a dash where there is none."""
     return "–" if math.isnan(value) else f"{value:.2f}"

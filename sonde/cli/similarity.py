@@ -1,4 +1,4 @@
-"""The commands that compare layers: `sonde cka`."""
+"""The commands that compare layers: `sonde cka` and `sonde blocks`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from sonde.exceptions import InvalidInputError
 
 from . import results
-from .console import plural, working
+from .console import console, plural, table, working
 from .options import (
     By,
     CsvPath,
@@ -20,6 +20,7 @@ from .options import (
     NcPath,
     Null,
     Rank,
+    RunPaths,
     Source,
     Where,
     numbers,
@@ -30,6 +31,7 @@ from .options import (
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure
 
 Layers = Annotated[
     list[str] | None,
@@ -133,6 +135,166 @@ def cka(
         results.write_nc(nc, similarity)
     if figure is not None:
         results.write_figure(figure, analysis.plots.cka(similarity))
+
+
+def blocks(
+    runs: RunPaths,
+    step: Annotated[int, typer.Option(help="Recorded step; -1 is the last.")] = -1,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Several steps of one run instead.")
+    ] = None,
+    layers: Layers = None,
+    source: Source = None,
+    biased: Annotated[bool, typer.Option("--biased", help="The biased estimator.")] = False,
+    null: Annotated[
+        int, typer.Option(metavar="N", help="Permute the examples N times; decides how many.")
+    ] = 200,
+    intervals: Annotated[
+        int, typer.Option(metavar="N", help="Bounds from N halves of the examples; 0: none.")
+    ] = 100,
+    min_size: Annotated[int, typer.Option(help="The least number of layers.")] = 3,
+    min_contrast: Annotated[float, typer.Option(help="The least contrast.")] = 0.1,
+    by: By = None,
+    where: Where = None,
+    figure: FigurePath = None,
+    csv: CsvPath = None,
+    nc: NcPath = None,
+    as_json: Json = False,
+) -> None:
+    """Find blocks of neighbouring layers that represent the same.
+
+    Layers of a block are more alike than layers at their distance are: "contrast" says how much,
+    against pairs of which one layer is inside. The number of blocks is judged by maps of permuted
+    examples. Of one run its blocks; of several, or with --by, means over the runs.
+
+    Examples:
+        sonde blocks runs/seed0
+        sonde blocks runs/seed0 --null 50 --figure blocks.png --csv blocks.csv
+        sonde blocks runs/seed0 --steps 0,-1 --nc blocks.nc
+        sonde blocks runs --by width --null 50 --intervals 0
+    """
+    from sonde import analysis
+
+    results.check_figure(figure)
+    is_family = len(runs) > 1 or by is not None or bool(where)
+    with working("finding blocks"):
+        opened = open_family(runs, where)
+        subject = opened if is_family or len(opened) > 1 else opened[0]
+        found = analysis.blocks(
+            subject,
+            by=split([by]) if by is not None else None,
+            step=step,
+            steps=None if steps is None else numbers("steps", steps),
+            layers=split(layers),
+            source=source,
+            unbiased=not biased,
+            null=null,
+            intervals=intervals,
+            min_size=min_size,
+            min_contrast=min_contrast,
+        )
+    is_averaged = "is_in_block" in found
+    title = f"{plural(len(opened), 'run')}" if is_averaged else f"{runs[0]}"
+    if as_json:
+        results.print_json(found)
+    elif is_averaged:
+        results.print_averages(found, f"blocks of {title}, mean ± spread", _OF_FAMILY)
+    else:
+        _print_blocks(found, title)
+    if csv is not None:
+        if is_averaged:
+            results.write_averages(csv, found, _OF_FAMILY)
+        else:
+            _write_blocks(csv, found)
+    if nc is not None:
+        results.write_nc(nc, found)
+    if figure is not None:
+        results.write_figure(figure, _drawn(analysis, subject, found, layers, source, biased))
+
+
+_OF_FAMILY = ("num_blocks", "share_in_blocks", "largest_size", "largest_contrast")
+
+
+def _drawn(
+    analysis: Any,  # Any: the module, whose names are imported when they are used.
+    subject: Any,
+    found: xr.Dataset,
+    layers: list[str] | None,
+    source: str | None,
+    biased: bool,
+) -> Figure:
+    """Draw the map of a run with its blocks; of steps and families where blocks are."""
+    if "is_in_block" in found or "step" in found.dims:
+        drawn: Figure = analysis.plots.blocks(found)
+        return drawn
+    similarity = analysis.cka(
+        subject,
+        step=found.attrs["step"],
+        layers=split(layers),
+        source=source,
+        unbiased=not biased,
+    )
+    drawn = analysis.plots.cka(similarity, blocks=found)
+    return drawn
+
+
+def _block_rows(found: xr.Dataset) -> list[dict[str, Any]]:
+    """Return a row per block, with the step where there are several."""
+    over = found if "step" in found.dims else found.expand_dims(step=[found.attrs["step"]])
+    rows = []
+    for step in over["step"].values.tolist():
+        at = over.sel(step=step)
+        for index in range(int(at["num_blocks"])):
+            block = at.isel(block=index)
+            names = [str(name) for name in block.data_vars if str(name) not in _BESIDE]
+            rows.append({"step": step} | {name: block[name].item() for name in names})
+    return rows
+
+
+_BESIDE = ("num_blocks", "in_block")
+
+
+def _print_blocks(found: xr.Dataset, title: str) -> None:
+    out = console()
+    about = found.attrs
+    faint = about.get("num_faint", 0)
+    beside = f", {faint} too faint (contrast below {about['min_contrast']:g})" if faint else ""
+    rows = _block_rows(found)
+    examples = plural(about["num_examples"], "example")
+    out.print(f"{plural(len(rows), 'block')}{beside} of {title}, {examples} of '{about['source']}'")
+    numbers_of = ["step", "size", "similarity", "contrast", "p", "first at", "last at", "support"]
+    cells = [
+        [
+            str(row["step"]),
+            row["first_layer"],
+            row["last_layer"],
+            str(int(row["size"])),
+            *(results.number_text(row[name]) for name in ("similarity", "contrast")),
+            f"{row['p_value']:.3f}",
+            _span(row, "start", 0),
+            _span(row, "end", -1),
+            results.number_text(row.get("support", float("nan"))),
+        ]
+        for row in rows
+    ]
+    if cells:
+        columns = ["step", "first layer", "last layer", *numbers_of[1:]]
+        out.print(table(columns, cells, right=numbers_of))
+
+
+def _span(row: dict[str, Any], end: str, shift: int) -> str:
+    """Write a position among the layers, with the bounds of it."""
+    at = int(row[end]) + shift
+    low, high = row.get(f"{end}_low"), row.get(f"{end}_high")
+    if low is None or low != low or high is None:
+        return str(at)
+    return f"{at} ({int(low) + shift}–{int(high) + shift})"
+
+
+def _write_blocks(path: Path, found: xr.Dataset) -> None:
+    rows = _block_rows(found)
+    header = list(rows[0]) if rows else ["step", "start", "end", "first_layer", "last_layer"]
+    results.write_csv(path, header, [list(row.values()) for row in rows])
 
 
 def _check_runs(num_runs: int, rank: int | None, *, is_family: bool) -> None:

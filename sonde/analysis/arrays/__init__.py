@@ -3,6 +3,6 @@
 Nothing here reads a run; every function computes in float64 and can be tried on made-up arrays.
 """
 
-from . import kernels, null
+from . import kernels, null, segments
 
-__all__ = ["kernels", "null"]
+__all__ = ["kernels", "null", "segments"]

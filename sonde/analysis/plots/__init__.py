@@ -6,6 +6,7 @@ can be told apart with the common colour vision deficiencies, and single heat ma
 readable in grey. Steps are drawn on an axis that is logarithmic but includes step 0.
 """
 
+from .blocks import blocks
 from .boundary import Planes, decision_planes, fragmentation, reproducibility
 from .cka import cka
 from .stiffness import class_matrix, stiffness
@@ -13,6 +14,7 @@ from .sweep import sweep
 
 __all__ = [
     "Planes",
+    "blocks",
     "cka",
     "class_matrix",
     "decision_planes",

@@ -18,6 +18,7 @@ from matplotlib.image import AxesImage
 from sonde.exceptions import InvalidInputError
 
 from ._drawing import close, color_bar, figure_of, heat_map, heat_map_figure, label, names_of
+from .blocks import check_blocks, outline_blocks
 
 Shown = Literal["value", "calibrated", "calibrated_by_maximum", "spread"]
 
@@ -27,13 +28,20 @@ _PANEL_INCHES = 2.6
 _MAX_PANEL_NAMES = 14
 
 
-def cka(similarity: xr.DataArray, *, show: Shown = "value", ax: Axes | None = None) -> Figure:
+def cka(
+    similarity: xr.DataArray,
+    *,
+    show: Shown = "value",
+    blocks: xr.Dataset | None = None,
+    ax: Axes | None = None,
+) -> Figure:
     """Draw layers against layers, or layers over steps, as a heat map.
 
     Args:
         similarity: Result of `analysis.cka`, [layer, other_layer] with up to two more dimensions,
             such as width and depth, or of `analysis.cka_over_steps`, [step, layer].
         show: The values, or a coordinate of the result.
+        blocks: Result of `analysis.blocks` of the same layers, drawn as squares on a single map.
         ax: Axes to draw one map on; a new figure if None.
 
     Returns:
@@ -49,8 +57,11 @@ def cka(similarity: xr.DataArray, *, show: Shown = "value", ax: Axes | None = No
             f"`show` (={show}) is not known of this result; call sonde.analysis.cka with "
             f"{'null=200' if 'calibrated' in show else 'several runs'}"
         )
+    check_blocks(blocks)
     if similarity.dims[-2:] == _PAIR and len(similarity.dims) <= 4:
         figure, image, panels = _maps(similarity, show, ax)
+        if blocks is not None:
+            outline_blocks(panels[0], blocks)
     elif similarity.dims == ("step", "layer"):
         over = similarity.transpose("layer", "step")
         names, steps = names_of(over["layer"]), names_of(over["step"])
