@@ -15,6 +15,9 @@ from .arrays import kernels, null
 from .blocks import blocks
 from .boundary import fragmentation, reproducibility
 from .cka import cka
+from .components import components
+from .influence import influence
+from .mutual_knn import mutual_knn
 from .over_steps import cka_over_steps
 from .stiffness import stiffness
 from .sweep import sweep
@@ -26,8 +29,11 @@ __all__ = [
     "blocks",
     "cka",
     "cka_over_steps",
+    "components",
     "fragmentation",
+    "influence",
     "kernels",
+    "mutual_knn",
     "null",
     "plots",
     "predicted_classes",

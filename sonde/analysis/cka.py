@@ -8,47 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
-from sonde.analysis.sides.centring import (
-    Lost,
-    Treatment,
-    center_layers,
-    common_blocks,
-    lost_messages,
-)
-from sonde.analysis.sides.examples import Matched, leave_out, match
+from sonde.analysis.sides.centring import Side, Treatment
+from sonde.analysis.sides.compared import Ids, Request, map_of
 from sonde.analysis.sides.families import By, Runs, are_several, over_pairs, over_runs
 from sonde.analysis.sides.maps import Chance, compared, finished, stacked_over
-from sonde.analysis.sides.select import measure_log, select_layers, select_other_layers
-from sonde.analysis.sides.stated import count_examples, features_of, treated_estimator_of
+from sonde.analysis.sides.stated import treated_estimator_of
 from sonde.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
-    from sonde.log import Run
-
-_TWO_RUNS = "cka compares two runs: cka(a, b), or the pairs of several: cka(runs, between=True)"
-
-Ids = Sequence[int] | npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What `cka` was asked for, beside the runs."""
-
-    step: int
-    other_step: int | None
-    layers: str | Sequence[str] | None
-    other_layers: str | Sequence[str] | None
-    source: str | None
-    treatment: Treatment
-    without: Ids | None
-    chance: Chance
+    from sonde.log import MeasureLog, Run
 
 
 def cka(
@@ -143,7 +117,7 @@ def cka(
     _check(remove_components=remove_components, null=null, intervals=intervals)
     chance = Chance(null, intervals, level, seed)
     treatment = Treatment(unbiased, None, remove_components)
-    request = _Request(step, other_step, layers, other_layers, source, treatment, without, chance)
+    request = Request(step, other_step, layers, other_layers, source, treatment, without, chance)
     messages: dict[str, None] = {}
 
     def one(a: Run, b: Run | None = None) -> xr.Dataset:
@@ -193,8 +167,8 @@ def within(
         `value`, `null` and `halves`; see `sides.maps.compared`.
     """
     treatment = Treatment(unbiased)
-    request = _Request(step, None, layers, None, source, treatment, None, chance)
-    return _map(run, None, request, messages)
+    request = Request(step, None, layers, None, source, treatment, None, chance)
+    return map_of(run, None, request, messages, "CKA", _compared, _stated)
 
 
 _DRAWN = ("null", "halves", "variance")
@@ -203,7 +177,7 @@ _DRAWN = ("null", "halves", "variance")
 def _maps(
     run: Run,
     other: Run | None,
-    request: _Request,
+    request: Request,
     bandwidth: float | Sequence[float] | None,
     messages: dict[str, None],
 ) -> xr.Dataset:
@@ -215,7 +189,8 @@ def _maps(
 
     def make(width: float | None) -> xr.Dataset:
         treated = replace(request.treatment, bandwidth=width)
-        return _map(run, other, replace(request, treatment=treated), messages)
+        asked = replace(request, treatment=treated)
+        return map_of(run, other, asked, messages, "CKA", _compared, _stated)
 
     for width in np.atleast_1d([] if bandwidth is None else bandwidth):
         if not width > 0:
@@ -228,49 +203,15 @@ def _maps(
     return stacked_over("bandwidth", bandwidth, make)
 
 
-def _map(run: Run, other: Run | None, request: _Request, messages: dict[str, None]) -> xr.Dataset:
-    """Compare two sides; see `cka`."""
-    source, treatment = request.source, request.treatment
-    log = measure_log(run, "activations", source, _TWO_RUNS)
-    other_log = log if other is None else measure_log(other, "activations", source, _TWO_RUNS)
-    at = log.resolve_step(request.step)
-    other_at = other_log.resolve_step(
-        request.step if request.other_step is None else request.other_step
-    )
-    names = select_layers(log, request.layers)
-    other_names = select_other_layers(other_log, request.layers, request.other_layers)
-    same = other_log is log and other_at == at
-    matched = Matched() if same else match(log, at, other_log, other_at, "CKA")
-    if request.without is not None:
-        matched = leave_out(log, other_log, matched, request.without)
-    sizes = common_blocks([(log, at, names), (other_log, other_at, other_names)])
+def _compared(side: Side, other: Side | None, request: Request) -> dict[str, Any]:
+    return compared(side, other, request.treatment.unbiased, request.chance)
 
-    lost: Lost = {}
-    side = center_layers(log, at, names, matched.rows, sizes, treatment, lost)
-    other_side = None
-    if not same or other_names != names:
-        rows = matched.other_rows
-        other_side = center_layers(other_log, other_at, other_names, rows, sizes, treatment, lost)
-    made = compared(side, other_side, treatment.unbiased, request.chance)
-    num_examples, left_out = count_examples(log, side.sizes, treatment.unbiased)
-    messages.update(dict.fromkeys([*matched.messages, *lost_messages(lost), *left_out]))
+
+def _stated(made: dict[str, Any], request: Request, logs: Sequence[MeasureLog]) -> dict[str, str]:
+    """Name the estimator."""
     errors = made["variance"][1] if "variance" in made else None
-    streams = {field for each in (log, other_log) for _, field in each.streams}
-    return xr.Dataset(
-        made,
-        coords={"layer": names, "other_layer": other_names},
-        attrs={
-            "estimator": treated_estimator_of(treatment, errors, is_sketched="sketch" in streams),
-            "run": run.name,
-            "other_run": other_log.run.name,
-            "step": at,
-            "other_step": other_at,
-            "source": log.source,
-            "features": features_of(log),
-            "other_features": features_of(other_log),
-            "num_examples": num_examples,
-        },
-    )
+    is_sketched = any(field == "sketch" for log in logs for _, field in log.streams)
+    return {"estimator": treated_estimator_of(request.treatment, errors, is_sketched=is_sketched)}
 
 
 def _check(**numbers: int) -> None:

@@ -18,6 +18,7 @@ import typer
 from sonde.exceptions import InvalidInputError, RunNotFoundError
 
 from .analyses import boundary, stiffness
+from .components import components
 from .console import Group, help_of, say, working
 from .export import export
 from .families import choose, config_columns, print_groups, sweep
@@ -281,6 +282,7 @@ for _function in (
     show,
     cka,
     blocks,
+    components,
     stiffness,
     boundary,
     sweep,

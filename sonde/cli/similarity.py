@@ -72,6 +72,10 @@ def cka(
     ] = 0,
     null: Null = 0,
     intervals: Intervals = 0,
+    knn: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="The share of K nearest neighbours in common, not CKA."),
+    ] = None,
     mean: Annotated[bool, typer.Option("--mean", help="The mean over all runs.")] = False,
     by: By = None,
     between: Annotated[
@@ -98,6 +102,7 @@ def cka(
         sonde cka runs/seed0 --null 50 --intervals 50 --nc cka.nc
         sonde cka runs --by width --where noise=0 --figure by_width.png
         sonde cka runs/* --between --without 100,101
+        sonde cka runs/seed0 runs/seed1 --knn 5 --null 50
         sonde cka runs/seed0 --rank 0
     """
     from sonde import analysis
@@ -109,22 +114,30 @@ def cka(
         "layers": split(layers),
         "other_layers": split(other_layers),
         "source": source,
+        "without": None if without is None else numbers("without", without),
+        "null": null,
+    }
+    of_cka = {
         "unbiased": not biased,
         "bandwidth": bandwidth,
-        "without": None if without is None else numbers("without", without),
         "remove_components": remove_components,
-        "null": null,
         "intervals": intervals,
     }
+    if knn is None:
+        options |= of_cka
+    else:
+        _refuse_with_knn(of_cka)
+        options["k"] = knn
+    compare = analysis.cka if knn is None else analysis.mutual_knn
     is_family = mean or between or by is not None or bool(where)
     _check_runs(len(runs), rank, is_family=is_family)
     with working("comparing layers"):
         if is_family:
             keys = split([by]) if by is not None else None
-            similarity = analysis.cka(open_family(runs, where), by=keys, between=between, **options)
+            similarity = compare(open_family(runs, where), by=keys, between=between, **options)
         else:
             first, *others = (open_one(run, rank) for run in runs)
-            similarity = analysis.cka(first, others[0] if others else None, **options)
+            similarity = compare(first, others[0] if others else None, **options)
     if as_json:
         results.print_json(similarity)
     else:
@@ -297,6 +310,21 @@ def _write_blocks(path: Path, found: xr.Dataset) -> None:
     results.write_csv(path, header, [list(row.values()) for row in rows])
 
 
+def _refuse_with_knn(of_cka: dict[str, Any]) -> None:
+    """Refuse options of CKA that nearest neighbours have no use for.
+
+    Raises:
+        InvalidInputError: If one was given.
+    """
+    given = [
+        {"unbiased": "biased"}.get(name, name).replace("_", "-")
+        for name, value in of_cka.items()
+        if value != {"unbiased": True, "bandwidth": None}.get(name, 0)
+    ]
+    if given:
+        raise InvalidInputError(f"`--knn` goes without --{', --'.join(given)}, which are of CKA")
+
+
 def _check_runs(num_runs: int, rank: int | None, *, is_family: bool) -> None:
     if is_family and rank is not None:
         raise InvalidInputError("`--rank` is of one run or two, not of families")
@@ -310,6 +338,8 @@ def _check_runs(num_runs: int, rank: int | None, *, is_family: bool) -> None:
 def _title(similarity: xr.DataArray, paths: list[str]) -> str:
     """Say in a line what was compared."""
     about = similarity.attrs
+    if "k" in about:
+        about = about | {"estimator": ""}
     estimator = "debiased CKA" if about["estimator"].startswith("unbiased") else "biased CKA"
     if "standard_error" in similarity.coords:
         is_biased = about["estimator"].startswith("biased")
@@ -318,6 +348,9 @@ def _title(similarity: xr.DataArray, paths: list[str]) -> str:
         estimator += f", RBF of bandwidth {about['bandwidth']:g}"
     if "without" in about["estimator"]:
         estimator += f", {about['estimator'].partition(', ')[2]}"
+    if "k" in about:
+        estimator = f"share of {about['k']} nearest neighbours in common (chance: "
+        estimator += f"{about['chance']:.2f})"
     examples = "examples"
     if "num_examples" in about:
         examples = plural(about["num_examples"], "example")

@@ -16,7 +16,9 @@ from sonde.cli import app
 
 from .conftest import output_of, write_run
 
-COMMANDS = "run ls show cka blocks stiffness boundary sweep tensorboard export seal verify".split()
+COMMANDS = (
+    "run ls show cka blocks components stiffness boundary sweep tensorboard export seal verify"
+).split()
 TRAINING = """
 import torch
 model = torch.nn.Linear(4, 2)

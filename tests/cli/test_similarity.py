@@ -76,3 +76,34 @@ def test_blocks_of_a_family_are_averaged(planted: Path) -> None:
 
 def test_wrong_steps_are_refused(planted: Path) -> None:
     assert "`--steps` (=a) must be whole numbers" in error_of("blocks runs/seed0 --steps a")
+
+
+def test_components_are_listed_with_their_dominant_examples(planted: Path) -> None:
+    options = "--dominant 3 --csv out.csv --nc out.nc --figure out.png"
+    printed = output_of(f"components runs/seed0 {options}")
+    assert printed.startswith("components of runs/seed0, 'probe'\n")
+    row = r"layer2 +0\.\d\d +\d\.\d +[01]\.\d\d +\d+, \d+, \d+"
+    assert re.search(row, printed)
+    rows = list(csv.DictReader((planted / "out.csv").read_text().splitlines()))
+    assert (len(rows), 0 < float(rows[0]["variance_share_0"]) < 1) == (10, True)
+    with xr.open_dataset(planted / "out.nc") as read:
+        assert read["alignment"].shape == (10, 10)
+
+
+def test_components_of_seeds_are_aligned_between_them(planted: Path) -> None:
+    printed = output_of("components runs --between")
+    assert "alignment with other runs" in " ".join(printed.split())
+    grouped = output_of("components runs --by seed --csv out.csv")
+    assert re.search(r"1 +layer9 +0\.\d\d", grouped)
+    assert (planted / "out.csv").read_text().startswith("seed,layer,variance_share_0")
+
+
+def test_nearest_neighbours_are_compared_instead_of_cka(planted: Path) -> None:
+    printed = output_of("cka runs/seed0 --knn 4 --null 40 --layers layer2,layer3,layer9")
+    assert printed.startswith(
+        "share of 4 nearest neighbours in common (chance: 0.14) of runs/seed0, step 5, 30 examples"
+    )
+    assert "*" in printed
+    assert "`--knn` goes without --biased, --bandwidth, which are of CKA" in error_of(
+        "cka runs/seed0 --knn 4 --biased --bandwidth 1"
+    )

@@ -9,6 +9,7 @@ readable in grey. Steps are drawn on an axis that is logarithmic but includes st
 from .blocks import blocks
 from .boundary import Planes, decision_planes, fragmentation, reproducibility
 from .cka import cka
+from .components import components
 from .stiffness import class_matrix, stiffness
 from .sweep import sweep
 
@@ -17,6 +18,7 @@ __all__ = [
     "blocks",
     "cka",
     "class_matrix",
+    "components",
     "decision_planes",
     "fragmentation",
     "reproducibility",

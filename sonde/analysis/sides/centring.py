@@ -277,13 +277,13 @@ def _centered_grams(grams: Sequence[kernels.Array], unbiased: bool, where: str) 
         raise InvalidInputError(f"{where}: {error}") from error
 
 
-def lost_messages(lost: Lost) -> list[str]:
+def lost_messages(lost: Lost, what: str = "CKA") -> list[str]:
     """Write a line per run and reason, with the layers and their steps."""
     lines: dict[tuple[str, str], list[str]] = {}
     for (run, layer, problem), steps in lost.items():
         at = ", ".join(str(step) for step in steps)
         lines.setdefault((run, problem), []).append(f"'{layer}' (step {at})")
     return [
-        f"CKA is NaN for layers of run '{run}' with {problem}: {', '.join(layers)}"
+        f"{what} is NaN for layers of run '{run}' with {problem}: {', '.join(layers)}"
         for (run, problem), layers in lines.items()
     ]

@@ -124,6 +124,30 @@ def leave_out(
     return Matched(rows[kept], other_rows[kept], matched.messages)
 
 
+def shared_ids(
+    logs: Sequence[MeasureLog], number: int, without: Sequence[int] | Indices | None = None
+) -> list[int]:
+    """Return the ids of the examples that were compared, in their order.
+
+    Args:
+        logs: The measures of both sides.
+        number: How many were compared.
+        without: Ids that were left out.
+
+    Returns:
+        Ids; positions, if there are none.
+    """
+    ids, other = logs[0].ids, logs[1].ids
+    if ids is None or other is None:
+        return list(range(number))
+    kept = np.isin(ids, other)
+    if without is not None:
+        kept &= ~np.isin(ids, np.asarray(without))
+    found: list[int] = ids[kept].tolist()
+    assert len(found) == number  # They are matched by these ids.
+    return found
+
+
 def first_ids(ids: np.ndarray[Any, Any]) -> str:
     """List the first ids of some."""
     shown = ", ".join(str(one) for one in ids[:_MAX_IDS].tolist())
