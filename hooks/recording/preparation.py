@@ -105,7 +105,7 @@ def describe(
     return {
         "name": path.resolve().name,
         "created": _now(),
-        "config": json.loads(json.dumps(dict(config or {}), default=str)),
+        "config": json.loads(json.dumps(dict(config or {}), default=_plain)),
         "measures": [
             {
                 "measure": measure.name,
@@ -119,6 +119,14 @@ def describe(
         "model": describe_model(model),
         "environment": environment(),
     }
+
+
+def _plain(value: object) -> object:
+    """Return a number of NumPy or torch as a number, and what is no JSON value as its text."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        number = value.item()
+        return number if isinstance(number, (bool, int, float, str)) else str(number)
+    return str(value)
 
 
 def describe_attempt(num_ranks: int, *, resume: bool, records_nothing: bool) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class Recorder:
         model: The model that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
         measures: What to record.
         when: The schedule of measures that have none; by default log-spaced, for ever.
-        config: Anything that describes the run, such as hyperparameters; what is no JSON value is
-            written as its text.
+        config: Anything that describes the run, such as hyperparameters; numbers of NumPy and torch
+            are numbers, what else is no JSON value is written as its text.
         steps_per_epoch: The number of optimizer steps in an epoch, for schedules by epoch.
         resume: Go on with a run that is already there, as a new attempt of it. Without
             `load_state_dict` it starts again at step 0. What earlier attempts recorded from the

@@ -91,7 +91,8 @@ def cka(
         may be negative. Attributes hold the estimator, both runs and steps, the source and the
         number of examples compared. What else is known stands in coordinates of the same shape:
 
-        - `standard_error`, where a layer is a sketch,
+        - `standard_error`, where a layer is a sketch; of several runs the root of the mean of their
+          squared errors, as they may have the same projection,
         - `spread` (standard deviation over runs or pairs, n - 1) and `num_runs` or `num_pairs`
           [*by], of several runs; `num_values`, where layers are not in all of them,
         - with `null`: `null_mean`, `null_quantile`, `p_value` (1 + #{null ≥ value}) / (null + 1),

@@ -143,8 +143,8 @@ def test_removing_components_leaves_the_other_eigenvalues(
 ) -> None:
     x = np.random.default_rng(seed).normal(size=(10, width))
     values, _ = principal(kernels.linear_gram(x), 1)
-    left, _ = principal(without_components(kernels.linear_gram(x), number), 1)
-    expected = np.concatenate([values[number:], np.zeros(number)])
+    left = np.linalg.eigvalsh(without_components(kernels.linear_gram(x), number))
+    expected = np.sort(np.concatenate([values[number:], np.zeros(number)]))
     np.testing.assert_allclose(left, expected, atol=1e-10 * values[0])
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from sonde.analysis import cka, cka_over_steps, kernels
+from sonde.analysis.arrays import null
 from sonde.analysis.arrays.sketches import Sketched, _hsic, sketched_cka
 from sonde.exceptions import InvalidInputError, LayerNotFoundError, MismatchError
 from sonde.log import LogArray, LogWriter, Run, open_run
@@ -106,6 +107,33 @@ def _write_sketches(path: Path, dim: int = 64) -> Run:
         5: {name: _project(values**3, dim, 0) for name, values in layers.items()},
     }
     return _write(path, steps, "sketch")
+
+
+def test_the_null_of_sketches_has_the_length_that_is_corrected_for_them(tmp_path: Path) -> None:
+    run = _write_sketches(tmp_path / "run", dim=24)
+    found = cka(run, step=0, null=6)
+    sketches = [_project(values, 24, 0) for values in _layers().values()]
+    grams = [kernels.center(sketch @ sketch.T) for sketch in sketches]
+    lengths = []
+    for sketch, gram in zip(sketches, grams, strict=True):
+        layer = Sketched([gram], [sketch - sketch.mean(0)])
+        lengths.append(np.sqrt(_hsic(layer, layer, True).value))
+    n = len(sketches[0])
+    drawn = []
+    for order in null.permutations([n], 6):
+        moved = [gram[np.ix_(order, order)] for gram in grams]
+        drawn.append([[np.vdot(one, other) for other in moved] for one in grams])
+    expected = np.mean(drawn, axis=0) / np.outer(lengths, lengths)
+    np.testing.assert_allclose(found["null_mean"], expected, rtol=1e-9, atol=1e-12)
+    uncorrected = [np.linalg.norm(gram) for gram in grams]
+    assert min(np.divide(uncorrected, lengths)) > 1.05  # Without it the null would be too small.
+
+
+def test_the_error_of_a_mean_of_sketches_is_not_taken_to_be_smaller(tmp_path: Path) -> None:
+    runs = [_write_sketches(tmp_path / "a", dim=24), _write_sketches(tmp_path / "b", dim=48)]
+    errors = np.stack([cka(run, step=0).standard_error.values for run in runs])
+    expected = np.sqrt((errors**2).mean(0))
+    np.testing.assert_allclose(cka(runs, step=0).standard_error, expected)
 
 
 def test_a_run_of_sketches_states_its_error(tmp_path: Path) -> None:

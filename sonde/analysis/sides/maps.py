@@ -105,7 +105,9 @@ def finished(
     count = next((name for name in ("num_runs", "num_pairs") if name in averaged), None)
     num_runs = xr.DataArray(1) if count is None else averaged[count]
     if "variance" in averaged:
-        variance = averaged["variance"].transpose(*dims) / num_runs.where(num_runs > 0)
+        # Runs may have the same projection. The error of their mean is no larger than this, the
+        # root of the mean of their squared errors.
+        variance = averaged["variance"].transpose(*dims)
         coordinates["standard_error"] = (dims, np.sqrt(variance.values))
     if f"value{SPREAD}" in averaged:
         coordinates["spread"] = averaged[f"value{SPREAD}"]

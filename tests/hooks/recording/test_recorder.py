@@ -267,12 +267,16 @@ def test_the_run_says_where_it_came_from(
 ) -> None:
     probe = sonde.Probe(images, classes)
     recorder = sonde.Recorder(
-        tmp_path / "run", conv_net, [sonde.Activations(probe)], config={"lr": 0.1}
+        tmp_path / "run",
+        conv_net,
+        [sonde.Activations(probe)],
+        config={"lr": 0.1, "width": np.int64(64), "noise": torch.tensor(0.5), "data": Path("x")},
     )
     recorder.close()
     info = sonde.open_run(tmp_path / "run").info
     assert next(iter(info)) == "format"
-    assert info["config"] == {"lr": 0.1}
+    # Numbers stay numbers, so that runs can be told apart and ordered by them.
+    assert info["config"] == {"lr": 0.1, "width": 64, "noise": 0.5, "data": "x"}
     assert info["environment"]["packages"]["torch"] == torch.__version__
     assert info["model"]["layers"]["1"] == "BatchNorm2d"
     assert info["probes"]["probe"]["num_examples"] == 24
